@@ -1,33 +1,35 @@
 """How fast layer × position sweeps are: one forward per cell beside the resuming engine, in one run.
 
-    python benchmarks/patch_sweep.py [--parts cpu tiny gpu memory] [--threads 2]
+    python benchmarks/patch_sweep.py [--parts cpu tiny gpu attribution memory] [--threads 2]
 
 cpu: the mamba-130m shape (random weights), 1 pair of 16 tokens, all 384 cells of one hook. tiny: tiny-mamba on 64 IOI
-pairs, eight hooks by role. gpu, memory (with CUDA): the mamba-370m shape. Plain transformers and, at large shapes, the
-naive engine are timed on a few cells and multiplied by the number of cells, which the table says. The time of a cell
-of plain transformers is one forward: it changes nothing. Prints tables and writes results/patch_sweep_<device>.json.
+pairs, eight hooks by role. With CUDA, at the mamba-370m shape: gpu, all 768 cells of one hook; attribution, of all
+states; memory, the peak beside a limit. Plain transformers and, at large shapes, the naive engine are timed on a few
+cells and multiplied by the number of cells, which the table says. The time of a cell of plain transformers is one
+forward: it changes nothing. No part uses TF32. Prints tables, and after each part writes
+results/patch_sweep_<device>.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numba
 import pandas as pd
 import torch
-import transformers
 from transformers import MambaConfig, MambaForCausalLM
 
 from ssminterp import HookedMamba
-from ssminterp.patching import patch_sweep
+from ssminterp.patching import attribution_patch, patch_sweep
 from ssminterp.tasks import make_task
 from ssminterp.tasks.metrics import Metric
 
@@ -124,10 +126,25 @@ def ioi(pairs: int, device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
+def attribution(pairs: int, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Attribution of all states, at every layer and position, in forwards of the hooked model without hooks."""
+    _, model = random_model("mamba-370m", device, dtype)
+    clean, corrupted = torch.randint(SHAPES["mamba-370m"]["vocab_size"], (2, pairs, LENGTH), device=device)
+    metric = last_token(pairs, LENGTH)
+    with torch.no_grad():
+        forward = per_cell(lambda: model(corrupted), device)
+    took = per_cell(lambda: attribution_patch(model, clean, corrupted, "state", metric), device)
+    row = {"shape": "mamba-370m", "dtype": str(dtype).removeprefix("torch."), "pairs": pairs, "hook": "state"}
+    rows = [row | {"forward s": forward, "attribution s": took, "forwards": took / forward}]
+    print(pd.DataFrame(rows).to_string(index=False, float_format="{:.4g}".format), flush=True)
+    return rows
+
+
 def peak_memory(device: torch.device, length: int = 1024, pairs: int = 64, limit: float = 20e9) -> list[dict[str, Any]]:
-    """Peak memory beside the model's, at some layers and positions of long prompts, under a limit."""
+    """Peak memory beside the model's and the prompts', at some layers and positions of long prompts, under a limit."""
     _, model = random_model("mamba-370m", device, torch.float32)
-    clean, corrupted = torch.randint(50280, (2, pairs, length), device=device)
+    clean, corrupted = torch.randint(SHAPES["mamba-370m"]["vocab_size"], (2, pairs, length), device=device)
+    torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     where = {"layers": [0, 16, 32], "positions": [0, length // 2, length - 16]}
@@ -146,37 +163,47 @@ def peak_memory(device: torch.device, length: int = 1024, pairs: int = 64, limit
     return rows
 
 
+def write(device: torch.device, **part: Any) -> None:
+    """Put one part's rows into the results of this kind of machine; the other parts stay."""
+    out = Path(__file__).parent / "results" / f"patch_sweep_{device.type}.json"
+    out.parent.mkdir(exist_ok=True)
+    before = json.loads(out.read_text()) if out.is_file() else {}
+    on_gpu = device.type == "cuda"
+    machine = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
+    packages = {name: version(name) for name in ("torch", "transformers", "triton" if on_gpu else "numba")}
+    record = {"machine": machine, "threads": torch.get_num_threads(), **packages, **part}
+    out.write_text(json.dumps(before | record, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["cpu", "tiny", "gpu", "memory"]
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    on_cpu, on_gpu = ["cpu", "tiny"], ["gpu", "attribution", "memory"]
+    parser.add_argument("--parts", nargs="+", choices=on_cpu + on_gpu, default=on_cpu + on_gpu)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    records: dict[str, Any] = {}
     if "cpu" in options.parts:
-        records["cpu"] = against_plain("mamba-130m", 1, cpu, torch.float32, repeats=3)
+        write(cpu, cpu=against_plain("mamba-130m", 1, cpu, torch.float32, repeats=3))
     if "tiny" in options.parts:
-        records["tiny"] = ioi(64, cpu)
-    if torch.cuda.is_available():
-        if "gpu" in options.parts:
-            records["gpu"] = [
-                row
-                for dtype in (torch.float32, torch.bfloat16)
-                for pairs in (1, 64)
-                for row in against_plain("mamba-370m", pairs, cuda, dtype, repeats=3)
-            ]
-        if "memory" in options.parts:
-            records["memory"] = peak_memory(cuda)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "numba": numba.__version__}
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    record = {"machine": machine, "threads": torch.get_num_threads(), **versions, **records}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    out = Path(__file__).parent / "results" / f"patch_sweep_{device}.json"
-    out.parent.mkdir(exist_ok=True)
-    before = json.loads(out.read_text()) if out.is_file() else {}
-    out.write_text(json.dumps(before | record, indent=2) + "\n")
+        write(cpu, tiny=ioi(64, cpu))
+    if not torch.cuda.is_available():
+        skipped = [part for part in options.parts if part in on_gpu]
+        if skipped:
+            print(f"no CUDA device: left out {', '.join(skipped)}")
+        return
+    dtypes, pairs = (torch.float32, torch.bfloat16), (1, 64)
+    runs = list(itertools.product(dtypes, pairs))
+    if "gpu" in options.parts:
+        rows = []
+        for dtype, n in runs:
+            rows += against_plain("mamba-370m", n, cuda, dtype, repeats=3)
+            write(cuda, gpu=rows)
+    if "attribution" in options.parts:
+        write(cuda, attribution=[row for dtype, n in runs for row in attribution(n, cuda, dtype)])
+    if "memory" in options.parts:
+        write(cuda, memory=peak_memory(cuda))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import TypeAlias
 
 import numpy as np
-import torch
 import xarray as xr
 from jaxtyping import Int
 from torch import Tensor
@@ -15,6 +13,7 @@ from torch import Tensor
 from ssminterp.models import HookedMamba
 from ssminterp.patching.columns import position_columns
 from ssminterp.positions import Positions, resolve_positions
+from ssminterp.versions import versions
 
 # Labels by dim, in order; an int instead of labels counts from 0.
 Coords: TypeAlias = Mapping[str, Sequence[object] | int]
@@ -25,9 +24,7 @@ def provenance(model: HookedMamba) -> dict[str, str]:
     return {
         "model": model.cfg.model_name,
         "dtype": str(model.cfg.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "ssminterp": version("ssminterp"),
+        **versions(),
     }
 
 

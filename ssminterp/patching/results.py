@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
-import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +13,7 @@ from torch import Tensor
 from ssminterp.patching.request import Direction, Sweep
 from ssminterp.patching.selections import SelectionGrid
 from ssminterp.patching.storage import Results
+from ssminterp.versions import versions
 
 # run -> value [batch]
 Baselines = Mapping[str, Float[Tensor, " batch"]]
@@ -46,9 +45,7 @@ def provenance(sweep: Sweep, direction: Direction, engine: str) -> dict[str, obj
         "dtype": str(model.cfg.dtype).removeprefix("torch."),
         "device": str(model.device),
         **prompts,
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "ssminterp": version("ssminterp"),
+        **versions(),
     }
 
 
