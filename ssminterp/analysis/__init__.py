@@ -9,15 +9,27 @@ from ssminterp.analysis.direct import (
     logit_direction,
 )
 from ssminterp.analysis.lenses import logit_lens, state_lens, top_tokens
-from ssminterp.analysis.memory import half_lives, rank_channels, sinks, spectrum, state_shares, step_sizes, survival
+from ssminterp.analysis.memory import (
+    half_lives,
+    horizons,
+    rank_channels,
+    sinks,
+    spectrum,
+    state_shares,
+    step_sizes,
+    survival,
+)
+from ssminterp.analysis.states import compare_states, state_norms, states_at
 
 __all__ = [
     "attribute_to_channels",
     "attribute_to_layers",
     "attribute_to_sources",
+    "compare_states",
     "conv_contributions",
     "half_lives",
     "hidden_attention",
+    "horizons",
     "logit_direction",
     "logit_lens",
     "patch_taps",
@@ -25,7 +37,9 @@ __all__ = [
     "sinks",
     "spectrum",
     "state_lens",
+    "state_norms",
     "state_shares",
+    "states_at",
     "step_sizes",
     "survival",
     "token_contributions",

@@ -12,16 +12,14 @@ import numpy as np
 import torch
 import xarray as xr
 from einops import einsum
-from torch import Tensor
 from torch.nn.functional import silu
 
 from ssminterp.analysis.arrays import Coords, labelled, position_labels, resolve_indices
-from ssminterp.analysis.runs import Run, check_unchanged, recorded, scan_hook_names, scan_of
+from ssminterp.analysis.runs import Run, check_unchanged, recorded, scan_hook_names, scan_of, states_of
 from ssminterp.analysis.unembedding import check_vocab, norm_scale, unembedding
 from ssminterp.models import ActivationCache, HookedMamba
 from ssminterp.models.memory import free_bytes
 from ssminterp.positions import Positions, resolve_positions
-from ssminterp_kernels.selective_scan import selective_scan
 
 
 @torch.no_grad()
@@ -99,7 +97,7 @@ def state_lens(
     length = cache.tokens.shape[1]
     at = list(resolve_positions(positions, length) or ())
     reading = at if read_at is None else list(resolve_positions(read_at, length) or ()) * len(at)
-    states = _states_at(scan.x, scan.delta, scan.A, scan.B, scan.C, at)
+    states = states_of(scan, at)
     ssm_out = einsum(scan.C[:, reading], states, "batch p d_state, batch p d_inner d_state -> batch p d_inner")
     if skip:
         ssm_out = ssm_out + scan.D * scan.x[:, reading]
@@ -110,14 +108,6 @@ def state_lens(
     coords: Coords = {"batch": cache.tokens.shape[0], "position": labels, "vocab": ids}
     reader = "its own position" if read_at is None else position_labels(model, cache.tokens, read_at)[0]
     return labelled(values, model, coords, "state_lens", layer=layer, read_at=reader, skip=int(skip))
-
-
-def _states_at(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, at: Sequence[int]) -> Tensor:
-    """The states at positions in any order, [batch, n_positions, d_inner, d_state]."""
-    ascending = sorted(at)
-    states = selective_scan(x, delta, A, B, C, states=ascending).states
-    assert states is not None
-    return states[:, [ascending.index(p) for p in at]]
 
 
 def _check_fits(batch: int, n_layers: int, n_positions: int, n_vocab: int) -> None:

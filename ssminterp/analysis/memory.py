@@ -16,13 +16,14 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from jaxtyping import Float
 from torch import Tensor
 
 from ssminterp.analysis.arrays import Coords, labelled, position_labels, resolve_indices, resolve_pairs
 from ssminterp.analysis.contributions import pair_coords, scan_pairs
 from ssminterp.analysis.pairs import Pairs
 from ssminterp.analysis.runs import Run, layer_scan, mixer_of, recorded, scan_hook_names
-from ssminterp.models import HookedMamba
+from ssminterp.models import ActivationCache, HookedMamba
 from ssminterp.positions import Positions, resolve_positions
 from ssminterp_kernels.selective_scan import selective_scan
 
@@ -173,6 +174,29 @@ def state_shares(
     return labelled(shares, model, pair_coords(model, cache.tokens, to, since), f"share_by_{by}", layer=layer)
 
 
+@torch.no_grad()
+def horizons(model: HookedMamba, run: Run, layers: int | Sequence[int] | None = None) -> xr.DataArray:
+    """The half-life of every channel's slowest coordinate in tokens: dims (layer, channel).
+
+    ln 2 / (|A| · mean Δ), the mean being over examples and positions.
+
+    run: a text, several, tokens, or a cache with hook_delta.
+
+    Raises ValueError for layers that do not exist and a cache that does not fit.
+    """
+    chosen = resolve_indices("layers", layers, model.cfg.n_layers)
+    cache = recorded(model, run, scan_hook_names(chosen, ["delta"]))
+    slowest = [_rates(model, cache, layer).amin(1) for layer in chosen]
+    coords: Coords = {"layer": chosen, "channel": model.cfg.d_inner}
+    return labelled(math.log(2) / torch.stack(slowest), model, coords, "horizon", unit="tokens")
+
+
+def _rates(model: HookedMamba, cache: ActivationCache, layer: int) -> Float[Tensor, "d_inner d_state"]:
+    """The rates of decay per token at the mean Δ of examples and positions, in float64 on the CPU."""
+    return -cache["delta", layer].mean((0, 1)).double().cpu()[:, None] * mixer_of(model, layer).A().double().cpu()
+
+
+@torch.no_grad()
 def rank_channels(
     model: HookedMamba, run: Run, layers: int | Sequence[int] | None = None, n: int | None = 20
 ) -> pd.DataFrame:
@@ -188,7 +212,7 @@ def rank_channels(
     tables = []
     for layer in chosen:
         delta = cache["delta", layer].mean((0, 1)).double().cpu().numpy()
-        rates = -delta[:, None] * mixer_of(model, layer).A().double().detach().cpu().numpy()
+        rates = _rates(model, cache, layer).numpy()
         tables.append(
             pd.DataFrame(
                 {

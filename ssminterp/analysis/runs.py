@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ssminterp.models import ActivationCache, HookedMamba
 from ssminterp.models.hooked_mamba import Input
 from ssminterp.models.mixers import HookedMambaMixer
+from ssminterp_kernels.selective_scan import selective_scan
 
 # A text, several, tokens, or what a run recorded.
 Run: TypeAlias = Input | ActivationCache
@@ -99,6 +100,14 @@ def scan_of(model: HookedMamba, cache: ActivationCache, layer: int) -> LayerScan
     x, delta, gate, B, C = (_at_least_float32(cache[short, layer]) for short in SCAN_HOOKS)
     weight = effective_weight(mixer.out_proj, cache["x", layer])
     return LayerScan(x, delta.to(x), gate, mixer.A().to(x), B, C, mixer.D.to(x), weight.to(x))
+
+
+def states_of(scan: LayerScan, at: Sequence[int]) -> Float[Tensor, "batch n_positions d_inner d_state"]:
+    """The states after the tokens at positions in any order."""
+    ascending = sorted(at)
+    states = selective_scan(scan.x, scan.delta, scan.A, scan.B, scan.C, states=ascending).states
+    assert states is not None
+    return states[:, [ascending.index(p) for p in at]]
 
 
 def mixer_of(model: HookedMamba, layer: int) -> HookedMambaMixer:

@@ -3,24 +3,36 @@
 from ssminterp.plots.attribution import attribution_bars, attribution_heatmap
 from ssminterp.plots.contributions import contribution_heatmap
 from ssminterp.plots.conv import conv_heatmap, tap_heatmap
+from ssminterp.plots.learn import forgetting_figure, held_at_the_end, state_map, state_steps, three_ways
 from ssminterp.plots.lenses import lens_heatmap
-from ssminterp.plots.memory import half_life_heatmap, spectrum_figure, step_heatmap, survival_curves
+from ssminterp.plots.memory import half_life_heatmap, horizon_heatmap, spectrum_figure, step_heatmap, survival_curves
 from ssminterp.plots.patching import patching_heatmap
 from ssminterp.plots.report import save_report
+from ssminterp.plots.states import compare_curves, norm_curve, norm_heatmap, state_heatmap
 from ssminterp.plots.theme import save_html
 
 __all__ = [
     "attribution_bars",
     "attribution_heatmap",
+    "compare_curves",
     "contribution_heatmap",
     "conv_heatmap",
+    "forgetting_figure",
     "half_life_heatmap",
+    "held_at_the_end",
+    "horizon_heatmap",
     "lens_heatmap",
+    "norm_curve",
+    "norm_heatmap",
     "patching_heatmap",
     "save_html",
     "save_report",
     "spectrum_figure",
+    "state_heatmap",
+    "state_map",
+    "state_steps",
     "step_heatmap",
     "survival_curves",
     "tap_heatmap",
+    "three_ways",
 ]

@@ -25,14 +25,15 @@ def contribution_heatmap(values: DataArray, title: str | None = None) -> go.Figu
     numbers = values.transpose("target", "source").values
     # So that one strong pair, often a token and itself, does not make all others white.
     limit = max(float(np.quantile(np.abs(numbers), 0.99)), 1e-12)
+    never_negative = float(numbers.min()) >= 0
     figure = go.Figure(
         go.Heatmap(
             z=numbers,
             x=values["source"].values,
             y=values["target"].values,
-            zmin=-limit,
+            zmin=0.0 if never_negative else -limit,
             zmax=limit,
-            colorscale=DIVERGING,
+            colorscale=DIVERGING[3:] if never_negative else DIVERGING,
             hovertemplate="from %{x}<br>to %{y}<br>%{z:.4g}<extra></extra>",
             colorbar={"title": {"text": name.replace("_", " "), "side": "right"}, "thickness": 14},
         )
@@ -43,7 +44,7 @@ def contribution_heatmap(values: DataArray, title: str | None = None) -> go.Figu
     figure.update_layout(height=min(900, 260 + 22 * rows), width=min(1100, 400 + 28 * columns))
     subtitle = f"layer {values.attrs['layer']} · {values.attrs['model']} ({values.attrs['dtype']})"
     if float(np.abs(numbers).max()) > limit:
-        subtitle += f" · colours end at ±{limit:.2g}, the 99th percentile; strongest {np.abs(numbers).max():.2g}"
+        subtitle += f" · colours end at {'' if never_negative else '±'}{limit:.2g}, the 99th percentile; strongest {np.abs(numbers).max():.2g}"
     return themed(figure, title or name.replace("_", " ").capitalize(), subtitle)
 
 

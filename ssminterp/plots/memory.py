@@ -84,6 +84,50 @@ def half_life_heatmap(lives: DataArray, title: str | None = None) -> go.Figure:
     return themed(figure, title or "How long the state holds what it is told", subtitle)
 
 
+def horizon_heatmap(horizons: DataArray, title: str | None = None, most_columns: int = 400) -> go.Figure:
+    """How long every channel of every layer remembers, each layer's channels from the longest memory to the shortest.
+
+    horizons: from `horizons`, dims (layer, channel). most_columns: of more channels, as many are shown, evenly spaced
+        in rank; the first and the last among them.
+
+    Raises ValueError if the array has other dims.
+    """
+    if set(horizons.dims) != {"layer", "channel"}:
+        raise ValueError(f"the map shows (layer, channel), got {horizons.dims}: average the examples")
+    numbers = horizons.transpose("layer", "channel").values
+    n_channels = numbers.shape[1]
+    ranks = np.unique(np.linspace(0, n_channels - 1, min(n_channels, most_columns)).round().astype(int))
+    order = np.argsort(-numbers, axis=1, kind="stable")[:, ranks]
+    shown = np.take_along_axis(numbers, order, 1)
+    powers = np.log10(shown)
+    ticks = np.arange(np.floor(powers.min()), np.ceil(powers.max()) + 1)
+    figure = go.Figure(
+        go.Heatmap(
+            z=powers,
+            x=ranks + 1,
+            y=horizons["layer"].values,
+            customdata=np.stack([shown, horizons["channel"].values[order]], -1),
+            colorscale=SEQUENTIAL,
+            hovertemplate="layer %{y}, channel %{customdata[1]}<br>%{customdata[0]:.3g} tokens<extra></extra>",
+            colorbar={
+                "title": {"text": "half-life<br>in tokens"},
+                "tickvals": ticks,
+                "ticktext": [f"{10**tick:g}" for tick in ticks],
+                "thickness": 14,
+            },
+        )
+    )
+    figure.update_xaxes(title="channel, by rank: longest memory first")
+    figure.update_yaxes(title="layer", dtick=1 if numbers.shape[0] <= 24 else 4)
+    figure.update_layout(height=min(1000, 220 + 30 * numbers.shape[0]))
+    part = f"{len(ranks)} of " if len(ranks) < n_channels else ""
+    subtitle = (
+        f"the slowest coordinate of each channel, at its mean Δ · {part}{n_channels} channels per layer · "
+        f"{horizons.attrs['model']} ({horizons.attrs['dtype']})"
+    )
+    return themed(figure, title or "How long every channel remembers", subtitle)
+
+
 def survival_curves(survival: DataArray, title: str | None = None) -> go.Figure:
     """What is left of one token's writing at each later token, as quantiles over channels and coordinates.
 

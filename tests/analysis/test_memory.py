@@ -12,7 +12,7 @@ from tiny_models import hooked, random_tokens
 from torch import Tensor
 
 from ssminterp import HookedMamba, HookPoint
-from ssminterp.analysis import half_lives, rank_channels, sinks, spectrum, state_shares, step_sizes, survival
+from ssminterp.analysis import half_lives, horizons, rank_channels, sinks, spectrum, state_shares, step_sizes, survival
 
 LAYER = 1
 
@@ -71,6 +71,17 @@ def test_shares_agree_with_brute_force_and_sum_to_one(model: HookedMamba) -> Non
         np.testing.assert_allclose(found.values, expected / expected.sum(-1, keepdim=True), atol=1e-4)
         some = state_shares(model, tokens, LAYER, by, channels=kept, targets=[30, 7])
         np.testing.assert_allclose(some.values, found.values[:, [30, 7], :31], atol=1e-5)
+
+
+def test_horizons_are_those_of_the_slowest_coordinates(model: HookedMamba) -> None:
+    tokens = random_tokens(1, 9)
+    found = horizons(model, tokens, layers=[2, 0])
+    assert found.dims == ("layer", "channel")
+    for layer in (0, 2):
+        expected = half_lives(model, tokens, layer)[0].max("coordinate")
+        np.testing.assert_allclose(found.sel(layer=layer), expected, rtol=1e-5)
+    best = rank_channels(model, tokens, n=1).iloc[0]
+    assert float(horizons(model, tokens).max()) == pytest.approx(best["half_life"])
 
 
 def test_a_planted_half_life_is_found() -> None:

@@ -1,4 +1,4 @@
-"""The scan by hand: three ways agree with each other, with the reference and with the model; selection is what parts them."""
+"""The scan by hand: three ways agree with the reference and the model, until selection parts one of them."""
 
 import numpy as np
 import pytest
@@ -102,7 +102,7 @@ def test_one_step_in_numbers() -> None:
 def test_what_is_no_channel_is_refused(as_users_run_it: None) -> None:
     with pytest.raises(ValueError, match="Δ is a step size and must be positive, got 0"):
         made_up(delta=0.0)
-    with pytest.raises(ValueError, match="A is a rate of decay and must be negative, got 0.5"):
+    with pytest.raises(ValueError, match=r"A is a rate of decay and must be negative, got 0\.5"):
         made_up(A=[-1.0, 0.5])
     with pytest.raises(ValueError, match="2 step sizes were given for 7 words"):
         made_up(delta=[1.0, 2.0])
