@@ -19,7 +19,7 @@ from ssminterp.analysis.memory import (
     step_sizes,
     survival,
 )
-from ssminterp.analysis.states import compare_states, state_norms, states_at
+from ssminterp.analysis.states import compare_states, state_norms, state_words, states_at
 
 __all__ = [
     "attribute_to_channels",
@@ -39,6 +39,7 @@ __all__ = [
     "state_lens",
     "state_norms",
     "state_shares",
+    "state_words",
     "states_at",
     "step_sizes",
     "survival",

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ssminterp.analysis.arrays import Coords, labelled, position_labels, provenance, resolve_indices
+from ssminterp.analysis.lenses import state_lens, top_tokens
 from ssminterp.analysis.runs import (
     LayerScan,
     Run,
@@ -68,6 +69,30 @@ def states_at(model: HookedMamba, run: Run, layer: int, positions: Positions = -
         "coordinate": model.cfg.d_state,
     }
     return labelled(states_of(scan, at), model, coords, "state", layer=layer)
+
+
+@torch.no_grad()
+def state_words(
+    model: HookedMamba, run: Run, position: int = -1, *, read_at: int | None = None, k: int = 8
+) -> xr.Dataset:
+    """The words that every layer's state after one token comes closest to: dims (batch, layer, rank).
+
+    The best `k` tokens of `state_lens`, layer by layer: token, id, logit, and probability among the whole vocabulary.
+    read_at: whose C, gate and norm read it; None means the position's own.
+
+    run: a text, several, tokens, or a cache with every layer's x, delta, gate, B, C and the last hook_resid_post.
+
+    Raises ValueError for positions that do not exist, more tokens than there are, and hooks that change states.
+    """
+    layers = range(model.cfg.n_layers)
+    if not isinstance(run, ActivationCache):
+        check_unchanged(model, layers)
+    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    cache = recorded(model, run, [*scan_hook_names(layers), last])
+    found = [top_tokens(model, state_lens(model, cache, layer, position, read_at=read_at), k) for layer in layers]
+    words = xr.concat([one.isel(position=0) for one in found], xr.IndexVariable("layer", list(layers)))
+    del words.attrs["layer"]
+    return words.transpose("batch", "layer", "rank")
 
 
 @torch.no_grad()

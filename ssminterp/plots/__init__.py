@@ -8,7 +8,7 @@ from ssminterp.plots.lenses import lens_heatmap
 from ssminterp.plots.memory import half_life_heatmap, horizon_heatmap, spectrum_figure, step_heatmap, survival_curves
 from ssminterp.plots.patching import patching_heatmap
 from ssminterp.plots.report import save_report
-from ssminterp.plots.states import compare_curves, norm_curve, norm_heatmap, state_heatmap
+from ssminterp.plots.states import compare_curves, norm_curve, norm_heatmap, state_heatmap, state_words_figure
 from ssminterp.plots.theme import save_html
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "state_heatmap",
     "state_map",
     "state_steps",
+    "state_words_figure",
     "step_heatmap",
     "survival_curves",
     "tap_heatmap",

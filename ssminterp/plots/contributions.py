@@ -44,7 +44,8 @@ def contribution_heatmap(values: DataArray, title: str | None = None) -> go.Figu
     figure.update_layout(height=min(900, 260 + 22 * rows), width=min(1100, 400 + 28 * columns))
     subtitle = f"layer {values.attrs['layer']} · {values.attrs['model']} ({values.attrs['dtype']})"
     if float(np.abs(numbers).max()) > limit:
-        subtitle += f" · colours end at {'' if never_negative else '±'}{limit:.2g}, the 99th percentile; strongest {np.abs(numbers).max():.2g}"
+        end = f"{'' if never_negative else '±'}{limit:.2g}"
+        subtitle += f" · colours end at {end}, the 99th percentile; strongest {np.abs(numbers).max():.2g}"
     return themed(figure, title or name.replace("_", " ").capitalize(), subtitle)
 
 

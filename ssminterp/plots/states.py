@@ -113,6 +113,42 @@ def compare_curves(compared: Dataset, layer: int, title: str | None = None) -> g
     return themed(figure, title or "Two texts in one layer's state", subtitle)
 
 
+def state_words_figure(words: Dataset, title: str | None = None) -> go.Figure:
+    """The words that every layer's state after one token comes closest to, the closest on the left.
+
+    words: from `state_words`, dims (layer, rank); a batch of one example is shown too.
+
+    Raises ValueError if the arrays have other dims.
+    """
+    logits, tokens = (one_example(words[name]) for name in ("logit", "token"))
+    if set(logits.dims) != {"layer", "rank"}:
+        raise ValueError(f"the words are shown by (layer, rank), got {logits.dims}")
+    numbers = logits.transpose("layer", "rank").values
+    limit = max(float(np.abs(numbers).max()), 1e-12)
+    figure = go.Figure(
+        go.Heatmap(
+            z=numbers,
+            x=words["rank"].values,
+            y=words["layer"].values,
+            text=tokens.transpose("layer", "rank").values,
+            texttemplate="%{text}",
+            zmin=-limit if numbers.min() < 0 else 0.0,
+            zmax=limit,
+            colorscale=DIVERGING if numbers.min() < 0 else SEQUENTIAL,
+            hovertemplate="layer %{y}: %{text}<br>adds %{z:.3g} to its logit<extra></extra>",
+            colorbar={"title": {"text": "adds to<br>the logit"}, "thickness": 14},
+        )
+    )
+    figure.update_xaxes(title="rank", dtick=1)
+    figure.update_yaxes(title="layer", dtick=1)
+    figure.update_layout(height=200 + 30 * numbers.shape[0])
+    attrs = words.attrs
+    subtitle = (
+        f"the state after {words['position'].item()}, read at {attrs['read_at']} · {attrs['model']} ({attrs['dtype']})"
+    )
+    return themed(figure, title or "What each layer's state would say", subtitle)
+
+
 def state_heatmap(state: DataArray, n: int = 40, title: str | None = None) -> go.Figure:
     """The state after one token, channels with the largest coordinates first.
 

@@ -7,7 +7,7 @@ from tiny_models import hooked, random_tokens
 
 import ssminterp.analysis.states as states_module
 from ssminterp import HookedMamba
-from ssminterp.analysis import compare_states, state_norms, states_at
+from ssminterp.analysis import compare_states, state_lens, state_norms, state_words, states_at, top_tokens
 
 
 @pytest.fixture(scope="module", params=["mamba", "falcon"])
@@ -47,6 +47,17 @@ def test_texts_part_where_their_tokens_do(model: HookedMamba) -> None:
     expected = (a - b).norm(dim=-1) / ((a.norm(dim=-1) + b.norm(dim=-1)) / 2)
     np.testing.assert_allclose(found["distance"].sel(layer=2), expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found["norm_second"].sel(layer=2), b.norm(dim=-1), rtol=1e-5)
+
+
+def test_words_are_those_of_every_layers_lens(model: HookedMamba) -> None:
+    tokens = random_tokens(2, 7)
+    found = state_words(model, tokens, 4, read_at=6, k=3)
+    assert found.sizes == {"batch": 2, "layer": 3, "rank": 3}
+    for layer in range(3):
+        one = top_tokens(model, state_lens(model, tokens, layer, 4, read_at=6), 3).isel(position=0)
+        np.testing.assert_array_equal(found["token"].sel(layer=layer), one["token"])
+        np.testing.assert_allclose(found["logit"].sel(layer=layer), one["logit"], rtol=1e-4, atol=1e-5)
+    assert found["position"].item().startswith("4 ")
 
 
 def test_the_same_text_does_not_part(model: HookedMamba) -> None:

@@ -28,6 +28,12 @@ def test_rows_are_targets_and_columns_sources(values: DataArray) -> None:
         assert part in figure.layout.title.text
 
 
+def test_what_is_never_negative_starts_at_white(values: DataArray) -> None:
+    heatmap = contribution_heatmap(abs(values).assign_attrs(values.attrs)).data[0]
+    assert heatmap.zmin == 0.0
+    assert heatmap.colorscale[0][1] == "#ffffff"
+
+
 def test_what_cannot_be_shown_is_refused(values: DataArray) -> None:
     with pytest.raises(ValueError, match="holds 2 examples"):
         contribution_heatmap(DataArray(np.zeros((2, 1, 1)), dims=["batch", "target", "source"], name="y"))

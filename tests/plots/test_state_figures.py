@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from tiny_models import hooked, random_tokens
 
-from ssminterp.analysis import compare_states, horizons, state_norms, states_at
-from ssminterp.plots import compare_curves, horizon_heatmap, norm_curve, norm_heatmap, state_heatmap
+from ssminterp.analysis import compare_states, horizons, state_norms, state_words, states_at
+from ssminterp.plots import compare_curves, horizon_heatmap, norm_curve, norm_heatmap, state_heatmap, state_words_figure
 
 
 def test_sizes_are_shown_as_they_are() -> None:
@@ -36,6 +36,16 @@ def test_two_texts_and_where_they_part() -> None:
     assert "they part at position 4" in figure.layout.title.text
     assert figure.layout.shapes[0].x0 == 3.5
     assert "the same tokens throughout" in compare_curves(compare_states(hooked(), first, first), 1).layout.title.text
+
+
+def test_words_of_every_layer() -> None:
+    words = state_words(hooked(), random_tokens(1, 6), 3, k=4)
+    figure = state_words_figure(words)
+    np.testing.assert_array_equal(figure.data[0].text, words["token"].values[0])
+    np.testing.assert_array_equal(figure.data[0].z, words["logit"].values[0])
+    assert "the state after 3 ?, read at its own position" in figure.layout.title.text
+    with pytest.raises(ValueError, match=r"shown by \(layer, rank\)"):
+        state_words_figure(words.isel(layer=0))
 
 
 def test_horizons_are_ordered_within_layers_and_thinned_out_where_too_many() -> None:
