@@ -8,7 +8,7 @@ from ssminterp.analysis.direct import (
     attribute_to_sources,
     logit_direction,
 )
-from ssminterp.analysis.lenses import logit_lens, state_lens, top_tokens
+from ssminterp.analysis.lenses import lens_summary, logit_lens, state_lens, top_tokens
 from ssminterp.analysis.memory import (
     half_lives,
     horizons,
@@ -30,6 +30,7 @@ __all__ = [
     "half_lives",
     "hidden_attention",
     "horizons",
+    "lens_summary",
     "logit_direction",
     "logit_lens",
     "patch_taps",

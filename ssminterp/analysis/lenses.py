@@ -65,6 +65,25 @@ def logit_lens(
 
 
 @torch.no_grad()
+def lens_summary(model: HookedMamba, run: Run, k: int = 10, max_logits: int = 50_000_000) -> xr.Dataset:
+    """`top_tokens` of the logit lens at every layer and position, without holding the logits of all of them at once.
+
+    run: as for `logit_lens`. max_logits: how many to hold at once, but those of one position.
+
+    Raises ValueError for what `logit_lens` and `top_tokens` refuse.
+    """
+    names = ["blocks.0.hook_resid_pre"] + [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
+    cache = recorded(model, run, names)
+    batch, length = cache.tokens.shape
+    step = max(1, max_logits // (batch * len(names) * model.cfg.vocab))
+    parts = [
+        top_tokens(model, logit_lens(model, cache, positions=range(start, min(start + step, length))), k)
+        for start in range(0, length, step)
+    ]
+    return xr.concat(parts, dim="position", combine_attrs="override")
+
+
+@torch.no_grad()
 def state_lens(
     model: HookedMamba,
     run: Run,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from ssminterp.checkpoints import BUNDLED
+from ssminterp.cli.dashboard import dashboard
 from ssminterp.cli.ioi import ioi
 
 app = typer.Typer(
@@ -14,6 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(ioi)
+app.command()(dashboard)
 
 
 @app.command()

@@ -27,7 +27,7 @@ def load_hf(
 
     Raises ValueError if the checkpoint is missing, damaged, incomplete, or no supported architecture.
     """
-    source = _source(name)
+    source = checkpoint_source(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
@@ -47,8 +47,11 @@ def load_hf(
     return hf_model.eval(), _load_tokenizer(source, revision, trust_remote_code)
 
 
-def _source(name: str | Path) -> str:
-    """A bundled folder, an existing local folder, or the hub name itself."""
+def checkpoint_source(name: str | Path) -> str:
+    """A bundled folder, an existing local folder, or the hub name itself.
+
+    Raises ValueError for a path where there is no checkpoint.
+    """
     if str(name) in BUNDLED:
         return str(checkpoint_folder(str(name)))
     folder = Path(name).expanduser()

@@ -1,10 +1,11 @@
 """Plotly figures, one function each, drawn from labelled arrays."""
 
 from ssminterp.plots.attribution import attribution_bars, attribution_heatmap
+from ssminterp.plots.cells import clickable
 from ssminterp.plots.contributions import contribution_heatmap
 from ssminterp.plots.conv import conv_heatmap, tap_heatmap
 from ssminterp.plots.learn import forgetting_figure, held_at_the_end, state_map, state_steps, three_ways
-from ssminterp.plots.lenses import lens_heatmap
+from ssminterp.plots.lenses import lens_heatmap, prediction_bars
 from ssminterp.plots.memory import half_life_heatmap, horizon_heatmap, spectrum_figure, step_heatmap, survival_curves
 from ssminterp.plots.patching import patching_heatmap
 from ssminterp.plots.report import save_report
@@ -14,6 +15,7 @@ from ssminterp.plots.theme import save_html
 __all__ = [
     "attribution_bars",
     "attribution_heatmap",
+    "clickable",
     "compare_curves",
     "contribution_heatmap",
     "conv_heatmap",
@@ -25,6 +27,7 @@ __all__ = [
     "norm_curve",
     "norm_heatmap",
     "patching_heatmap",
+    "prediction_bars",
     "save_html",
     "save_report",
     "spectrum_figure",

@@ -1,14 +1,19 @@
-"""The look that all figures share, and how they are written to disk."""
+"""The look that all figures share, light and dark, and how they are written to disk."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import plotly.graph_objects as go
 
 # Brown to teal through white: told apart by readers who see no red and green (ColorBrewer BrBG).
 DIVERGING = ["#8c510a", "#d8b365", "#f6e8c3", "#ffffff", "#c7eae5", "#5ab4ac", "#01665e"]
-FONT = {"family": "Inter, Helvetica, Arial, sans-serif", "size": 13, "color": "#1f2933"}
+# The same hues through the dark page's own colour: far from zero is bright.
+DIVERGING_DARK = ["#f2c57c", "#b9822f", "#5b3f16", "#182022", "#12504a", "#2a968b", "#8fe6da"]
+FONT = {"family": "Source Sans, Inter, Helvetica, Arial, sans-serif", "size": 13, "color": "#1f2933"}
+DARK = {"text": "#dfe6e4", "label": "#243032", "grid": "#2a3436"}
+_SUBTITLE = "<br><sub>"
 
 
 def themed(figure: go.Figure, title: str, subtitle: str) -> go.Figure:
@@ -16,10 +21,67 @@ def themed(figure: go.Figure, title: str, subtitle: str) -> go.Figure:
     figure.update_layout(
         template="plotly_white",
         font=FONT,
-        title={"text": f"{title}<br><sub>{subtitle}</sub>", "x": 0.02, "xanchor": "left", "font": {"size": 17}},
+        title={"text": f"{title}{_SUBTITLE}{subtitle}</sub>", "x": 0.02, "xanchor": "left", "font": {"size": 17}},
         margin={"l": 70, "r": 30, "t": 90, "b": 90},
     )
     return figure
+
+
+def title_and_subtitle(figure: go.Figure) -> tuple[str, str]:
+    """The two texts that `themed` was given; empty where a figure has none."""
+    title, _, subtitle = (figure.layout.title.text or "").partition(_SUBTITLE)
+    return title, subtitle.removesuffix("</sub>")
+
+
+def in_dark(figure: go.Figure) -> go.Figure:
+    """The figure changed for a dark page: text, grid, and the shared colours by their dark counterparts."""
+    figure.update_layout(
+        template="plotly_dark",
+        font_color=DARK["text"],
+        hoverlabel={"bgcolor": DARK["label"], "font": {"color": DARK["text"]}},
+    )
+    figure.update_xaxes(gridcolor=DARK["grid"], zerolinecolor=DARK["grid"])
+    figure.update_yaxes(gridcolor=DARK["grid"], zerolinecolor=DARK["grid"])
+    figure.update_shapes(line_color=DARK["text"])
+    scales = {tuple(DIVERGING): DIVERGING_DARK, tuple(DIVERGING[3:]): DIVERGING_DARK[3:]}
+    colours = dict(zip(DIVERGING, DIVERGING_DARK, strict=True))
+    for trace in figure.data:
+        if "colorscale" in trace and trace.colorscale is not None:
+            found = scales.get(tuple(colour for _, colour in trace.colorscale))
+            if found is not None:
+                trace.colorscale = found
+        for part in ("marker", "line"):
+            if part in trace and trace[part].color is not None:
+                trace[part].color = _in_dark(trace[part].color, colours)
+    return figure
+
+
+def _in_dark(colour: object, colours: dict[str, str]) -> object:
+    if isinstance(colour, str):
+        return colours.get(colour, colour)
+    if isinstance(colour, list | tuple):
+        return [_in_dark(one, colours) for one in colour]
+    return colour
+
+
+def without_markup(figure: go.Figure) -> go.Figure:
+    """The figure with every label shown as it is: plotly takes some HTML in labels, and tokens may look like it."""
+    for trace in figure.data:
+        for part in ("x", "y", "text", "customdata", "labels", "hovertext"):
+            if part in trace and trace[part] is not None:
+                trace[part] = _escaped(trace[part])
+    for axis in (*figure.select_xaxes(), *figure.select_yaxes()):
+        if axis.ticktext is not None:
+            axis.ticktext = _escaped(axis.ticktext)
+    return figure
+
+
+def _escaped(labels: object) -> object:
+    array = np.asarray(labels)
+    if array.dtype.kind not in "OUS":
+        return labels
+    escape = np.vectorize(lambda v: v.replace("<", "&lt;") if isinstance(v, str) else v, otypes=[object])
+    return escape(array.astype(object)) if array.size else labels
 
 
 def save_html(figure: go.Figure, path: Path, shared_script: bool = False) -> Path:

@@ -15,7 +15,7 @@ def test_a_logit_lens_shows_the_best_word_of_each_cell() -> None:
     best = lens.values[0].argmax(-1)
     np.testing.assert_array_equal(figure.data[0].text, best.astype(str))
     assert list(figure.data[0].y) == ["embed", "0", "1", "2"]
-    assert figure.data[0].customdata[2][4].startswith(f"{best[2, 4]}, ")
+    assert figure.data[0].customdata[2][4].startswith(f"{best[2, 4]} ")
 
 
 def test_a_state_lens_shows_words_by_rank() -> None:

@@ -1,0 +1,157 @@
+"""Models: which there are, loading them once for all tabs, and running them one at a time."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import streamlit as st
+import torch
+from huggingface_hub import scan_cache_dir
+from huggingface_hub.errors import CacheNotFound
+
+from ssminterp import HookedMamba
+from ssminterp.checkpoints import BUNDLED
+from ssminterp.models.mixers import MIXERS
+from ssminterp_dashboards.launch import MODEL_VARIABLE
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Models held at once, whichever tabs use them.
+N_MODELS = 2
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class ModelKey(NamedTuple):
+    """What makes a model this one, in keys of caches and in links."""
+
+    name: str
+    revision: str = ""
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+@dataclass(eq=False)
+class Loaded:
+    """A model that all tabs share."""
+
+    key: ModelKey
+    model: HookedMamba
+    seconds: float
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @contextmanager
+    def ready(self) -> Iterator[HookedMamba]:
+        """The model, while no other tab runs it: hooks of one run must not see another."""
+        with self._lock, torch.no_grad():
+            yield self.model
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @property
+    def revision(self) -> str:
+        """The commit of a checkpoint from the hub, "bundled", or "local"."""
+        commit = getattr(self.model.lm.config, "_commit_hash", None)
+        return str(commit)[:12] if commit else "bundled" if self.key.name in BUNDLED else "local"
+
+
+def _release(loaded: Loaded) -> None:
+    """Give a model's memory back; a run that has begun keeps it until it ends."""
+    del loaded
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@st.cache_resource(max_entries=N_MODELS, on_release=_release, show_spinner="Loading the model …")
+def load(key: ModelKey) -> Loaded:
+    """The model of a key, checked against plain transformers. Raises ValueError if it cannot be loaded."""
+    name = allowed(key.name)
+    start = time.perf_counter()
+    model = HookedMamba.from_pretrained(
+        name, revision=key.revision or None, device=key.device, dtype=DTYPES[key.dtype], verify=True
+    )
+    model.eval().requires_grad_(False)
+    return Loaded(key, model, time.perf_counter() - start)
+
+
+def current_key() -> ModelKey:
+    """The model that this tab has chosen."""
+    state = st.session_state
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return ModelKey(state["model"], state.get("revision") or "", state.get("dtype") or "float32", device)
+
+
+def current() -> Loaded:
+    """The model that this tab has chosen, loaded. Raises ValueError if it cannot be loaded."""
+    return load(current_key())
+
+
+def allowed(name: str) -> str:
+    """The name, if a browser may ask for it: bundled, named when the app was started, or a name on the hub.
+
+    Raises ValueError for anything else, above all for paths.
+    """
+    if name in BUNDLED or name == started_with():
+        return name
+    if not _HUB_NAME.fullmatch(name) or ".." in name:
+        raise ValueError(
+            f"{name!r} is neither a bundled model ({', '.join(BUNDLED)}) nor a name on the hub (owner/model). "
+            "Folders are opened only if the app was started with them: ssminterp dashboard --model FOLDER"
+        )
+    if Path(name).exists():
+        raise ValueError(
+            f"{name!r} is a folder beside the running app: start the app with it, ssminterp dashboard --model {name}"
+        )
+    return name
+
+
+def started_with() -> str | None:
+    """The model that the command line named."""
+    return os.environ.get(MODEL_VARIABLE) or None
+
+
+@st.cache_data(ttl=60, show_spinner=False)
+def cached_hub_models() -> list[str]:
+    """Names of the supported checkpoints in Hugging Face's cache on this machine."""
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    return sorted(repo.repo_id for repo in repos if repo.repo_type == "model" and _is_supported(repo.repo_path))
+
+
+def _is_supported(folder: Path) -> bool:
+    for config in folder.glob("snapshots/*/config.json"):
+        try:
+            architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
+        except (OSError, ValueError):
+            continue
+        if any(name in MIXERS for name in architectures):
+            return True
+    return False
+
+
+def choices() -> list[str]:
+    """The models to offer: the one the app was started with, bundled ones, cached ones."""
+    first = started_with()
+    return list(dict.fromkeys([*([first] if first else []), *BUNDLED, *cached_hub_models()]))
+
+
+def needs_download(name: str) -> bool:
+    """Whether opening this model would fetch it from the network."""
+    return name not in choices()

@@ -1,0 +1,110 @@
+"""How a view is shown: the figure in the theme of the page, where it comes from, and how to take it along."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import plotly.graph_objects as go
+import streamlit as st
+import xarray as xr
+
+from ssminterp.plots.theme import in_dark, title_and_subtitle, without_markup
+from ssminterp_dashboards.models import Loaded
+from ssminterp_dashboards.text import plain
+
+Data = xr.DataArray | xr.Dataset
+CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"], "scrollZoom": False}
+
+
+def is_dark() -> bool:
+    """Whether the reader's theme is the dark one."""
+    return st.context.theme.type == "dark"
+
+
+def show(
+    figure: go.Figure,
+    key: str,
+    loaded: Loaded,
+    *,
+    data: Data | None = None,
+    snippet: str | None = None,
+    note: str = "",
+    on_click: Callable[[int, int], None] | None = None,
+) -> None:
+    """A figure with its title, where its numbers come from, the snippet that makes it, and downloads.
+
+    key: unique over the page; names the files. data: the numbers of the figure. note: markdown, by the page.
+    on_click: called with row and column of a cell, for figures of `plots.clickable`.
+    """
+    title, subtitle = title_and_subtitle(figure)
+    shown = without_markup(go.Figure(figure)).update_layout(title=None, margin={"t": 16, "l": 10, "r": 10}, width=None)
+    shown.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
+    if is_dark():
+        shown = in_dark(shown)
+    if title:
+        st.markdown(f"#### {plain(title)}")
+    revision = f" · revision {loaded.revision}" if loaded.revision not in subtitle else ""
+    st.caption(plain(subtitle + revision) + (f"  \n{note}" if note else ""))
+    if on_click is None:
+        st.plotly_chart(shown, key=key, theme=None, config=CONFIG, alt=f"{title}. {subtitle}")
+    else:
+        st.plotly_chart(
+            shown,
+            key=key,
+            theme=None,
+            config=CONFIG,
+            alt=f"{title}. {subtitle}",
+            selection_mode="points",
+            on_select=lambda: _clicked(key, on_click),
+        )
+    take_along(key, figure, data, snippet)
+
+
+def _clicked(key: str, on_click: Callable[[int, int], None]) -> None:
+    points = st.session_state[key]["selection"]["points"]
+    if points:
+        row, column = points[0]["customdata"][:2]
+        on_click(int(row), int(column))
+
+
+def take_along(key: str, figure: go.Figure | None, data: Data | None, snippet: str | None) -> None:
+    """Popovers with the snippet and the downloads."""
+    with st.container(horizontal=True, gap="small"):
+        if snippet is not None:
+            with st.popover("Reproduce in Python", icon=":material/code:", type="tertiary"):
+                st.code(snippet, language="python")
+        if data is None and figure is None:
+            return
+        with st.popover("Download", icon=":material/download:", type="tertiary"):
+            files: list[tuple[str, str, str, Callable[[], bytes | str]]] = []
+            if data is not None:
+                files.append(("Table (CSV)", f"{key}.csv", "text/csv", lambda: as_csv(data)))
+                files.append(("Labelled array (netCDF)", f"{key}.nc", "application/x-netcdf", lambda: as_netcdf(data)))
+            if figure is not None:
+                files.append(("Figure (HTML)", f"{key}.html", "text/html", lambda: as_html(figure)))
+            for label, name, mime, make in files:
+                st.download_button(label, make, file_name=name, mime=mime, key=f"get_{name}", on_click="ignore")
+
+
+def as_csv(data: Data) -> str:
+    """One row per number, with its labels."""
+    table = data.to_dataframe(name=str(data.name or "value")) if isinstance(data, xr.DataArray) else data.to_dataframe()
+    return table.reset_index().to_csv(index=False)
+
+
+def as_netcdf(data: Data) -> bytes:
+    """The array with its labels and where it comes from."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "data.nc"
+        data.to_netcdf(path)
+        return path.read_bytes()
+
+
+def as_html(figure: go.Figure) -> str:
+    """The figure as a page that works offline."""
+    page = io.StringIO()
+    without_markup(go.Figure(figure)).write_html(page, include_plotlyjs=True)
+    return page.getvalue()
