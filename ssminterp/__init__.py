@@ -3,7 +3,18 @@
 Hook, record, patch and trace the hidden states of Mamba. Start with `HookedMamba.from_pretrained("tiny-mamba")`.
 """
 
-from ssminterp.interventions import ablate, freeze, patch, scale, steer
+from ssminterp.interventions import ablate, freeze, knockout, patch, scale, steer
 from ssminterp.models import ActivationCache, HookedMamba, HookPoint, ModelState
 
-__all__ = ["ActivationCache", "HookPoint", "HookedMamba", "ModelState", "ablate", "freeze", "patch", "scale", "steer"]
+__all__ = [
+    "ActivationCache",
+    "HookPoint",
+    "HookedMamba",
+    "ModelState",
+    "ablate",
+    "freeze",
+    "knockout",
+    "patch",
+    "scale",
+    "steer",
+]

@@ -5,8 +5,9 @@ several meet at one hook they act in the order given.
 """
 
 from ssminterp.interventions.ablate import ablate
+from ssminterp.interventions.knockout import knockout
 from ssminterp.interventions.patch import freeze, patch
 from ssminterp.interventions.steer import scale, steer
 from ssminterp.models import Intervention
 
-__all__ = ["Intervention", "ablate", "freeze", "patch", "scale", "steer"]
+__all__ = ["Intervention", "ablate", "freeze", "knockout", "patch", "scale", "steer"]

@@ -13,10 +13,11 @@ from ssminterp_kernels.selective_scan.contract import ScanRun, contract_with_adj
 
 
 def scan_suffices(model: HookedMamba) -> bool:
-    """Whether states are what their scans make of x, Δ, B: nothing that is attached changes states or Ā, B̄."""
-    return not any(
-        point.is_listened_to for point in model.hook_points.values() if point.spec.short in ("state", "A_bar", "B_bar")
-    )
+    """Whether states are what their scans make of x, Δ, B and y is what C reads there: nothing attached changes it."""
+    points = model.hook_points.values()
+    if any(point.functions for point in points if point.spec.short == "y"):
+        return False
+    return not any(point.is_listened_to for point in points if point.spec.short in ("state", "A_bar", "B_bar"))
 
 
 def scan_inputs(model: HookedMamba, layers: Sequence[int]) -> list[HookPoint]:

@@ -7,7 +7,7 @@ import torch
 from tiny_models import hooked, random_tokens
 
 from ssminterp import ablate
-from ssminterp.models.mixers import mamba1
+from ssminterp.models.mixers import mamba1, scans
 
 MODEL = hooked(num_hidden_layers=2)
 TOKENS = random_tokens(2, 7)
@@ -26,7 +26,7 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     calls = Calls()
-    scan = mamba1.selective_scan
+    scan = scans.selective_scan
     discretised = mamba1.HookedMambaMixer._discretised_scan
     by_taps = mamba1.HookedMambaMixer._conv_by_taps
 
@@ -42,7 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         calls.taps += 1
         return by_taps(*args)
 
-    monkeypatch.setattr(mamba1, "selective_scan", counted_scan)
+    monkeypatch.setattr(scans, "selective_scan", counted_scan)
     monkeypatch.setattr(mamba1.HookedMambaMixer, "_discretised_scan", counted_discretised)
     monkeypatch.setattr(mamba1.HookedMambaMixer, "_conv_by_taps", counted_taps)
     return calls

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ssminterp.models.hook_points import HookPoint, HookSpec
-from ssminterp.models.mixers.state_scan import Scan, StateHookPoint, States, scan_with_state_hooks
-from ssminterp_kernels.selective_scan import ScanOutput, StateEdits, recurrence, selective_scan
+from ssminterp.models.mixers.scans import DiscretisedScan, SelectiveScan, Step
+from ssminterp.models.mixers.state_reads import ReadHookPoint, StateReads
+from ssminterp.models.mixers.state_scan import StateHookPoint, scan_with_state_hooks
 
 D_INNER = ("batch", "pos", "d_inner")
 D_STATE = ("batch", "pos", "d_state")
@@ -47,12 +48,8 @@ MIXER_HOOKS = (
 )
 
 
-class Step(NamedTuple):
-    """Δ [batch, pos, d_inner], or its pre-activation if `softplus` (after adding `bias`) is still to come."""
-
-    delta: Tensor
-    bias: Tensor | None
-    softplus: bool
+# Hook points that are more than a place.
+HOOK_POINTS: dict[str, type[HookPoint]] = {"state": StateHookPoint, "y": ReadHookPoint}
 
 
 class HookedMambaMixer(nn.Module):
@@ -71,7 +68,7 @@ class HookedMambaMixer(nn.Module):
     hook_A_bar: HookPoint
     hook_B_bar: HookPoint
     hook_state: StateHookPoint
-    hook_y: HookPoint
+    hook_y: ReadHookPoint
     hook_ssm_out: HookPoint
     hook_gated: HookPoint
 
@@ -92,7 +89,7 @@ class HookedMambaMixer(nn.Module):
         self.d_conv: int = mixer.conv_kernel_size
         self.dt_rank: int = mixer.time_step_rank
         for spec in self.hook_specs:
-            point = StateHookPoint if spec.short == "state" else HookPoint
+            point = HOOK_POINTS.get(spec.short, HookPoint)
             self.add_module(spec.attribute, point(spec, self.layer_idx))
         self.training = mixer.training
 
@@ -158,15 +155,18 @@ class HookedMambaMixer(nn.Module):
         B, C = self.hook_B(B), self.hook_C(C)
         D = self.D.float()
         if self.hook_A_bar.is_listened_to or self.hook_B_bar.is_listened_to:
-            scan, fused = self._discretised_scan(x, step.delta, B, C), False
+            scan: SelectiveScan | DiscretisedScan = self._discretised_scan(x, step.delta, B, C)
+            fused = False
         else:
             # D and the gate ride in the scan's kernel if no hook wants what lies between.
             fused = not (self.hook_y.is_listened_to or self.hook_ssm_out.is_listened_to)
-            scan = self._selective_scan(x, step, B, C, D if fused else None, gate if fused else None)
+            scan = SelectiveScan(x, step, self.A(), B, C, D if fused else None, gate if fused else None)
         y, final_state = scan_with_state_hooks(scan, self.hook_state, x, self.d_state, initial_state)
         if fused:
             return y, final_state
-        return self.hook_ssm_out(self.hook_y(y) + D * x) * F.silu(gate), final_state
+        with self.hook_y.reading(StateReads(scan, self.hook_state, x, y, self.d_state, initial_state)):
+            y = self.hook_y(y)
+        return self.hook_ssm_out(y + D * x) * F.silu(gate), final_state
 
     def normalise(self, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What stands between x_proj and the scan; nothing in Mamba-1 itself."""
@@ -180,54 +180,20 @@ class HookedMambaMixer(nn.Module):
             bias = None if self.dt_proj.bias is None else self.dt_proj.bias.float()
         else:
             delta, bias = self.dt_proj(dt), None
+        step = Step(delta, bias, softplus=True)
         if not any(hook.is_listened_to for hook in (self.hook_delta, self.hook_A_bar, self.hook_B_bar)):
-            return Step(delta, bias, softplus=True)
-        delta = delta.float() if bias is None else delta.float() + bias
-        return Step(self.hook_delta(F.softplus(delta)), None, softplus=False)
+            return step
+        return Step(self.hook_delta(step.size()), None, softplus=False)
 
     def A(self) -> Float[Tensor, "d_inner d_state"]:
         """The state matrix's diagonal, -exp(A_log), in float32."""
         return -torch.exp(self.A_log.float())
 
-    def _selective_scan(self, x: Tensor, step: Step, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None) -> Scan:
-        A = self.A()
-
-        def scan(
-            start: int, stop: int, initial_state: Tensor | None, states: States, edits: StateEdits | None
-        ) -> ScanOutput:
-            span = slice(start, stop)
-            return selective_scan(
-                x[:, span],
-                step.delta[:, span],
-                A,
-                B[:, span],
-                C[:, span],
-                D=D,
-                z=None if z is None else z[:, span],
-                delta_bias=step.bias,
-                delta_softplus=step.softplus,
-                initial_state=initial_state,
-                states=states,
-                edits=edits,
-            )
-
-        return scan
-
-    def _discretised_scan(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> Scan:
+    def _discretised_scan(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> DiscretisedScan:
         """A scan over A_bar and B_bar as their hooks leave them."""
         A_bar = self.hook_A_bar(torch.exp(delta[..., None] * self.A()))
         B_bar = self.hook_B_bar(delta[..., None] * B[:, :, None].float())
-        B_bar_x = B_bar * x[..., None].float()
-
-        def scan(
-            start: int, stop: int, initial_state: Tensor | None, states: States, edits: StateEdits | None
-        ) -> ScanOutput:
-            trajectory = recurrence(A_bar[:, start:stop], B_bar_x[:, start:stop], initial_state, edits)
-            y = (C[:, start:stop, None].float() * trajectory).sum(-1).to(x.dtype)
-            kept = trajectory if states == "all" else None if states is None else trajectory[:, list(states)]
-            return ScanOutput(y, kept, trajectory[:, -1])
-
-        return scan
+        return DiscretisedScan(A_bar, B_bar * x[..., None].float(), C, x.dtype)
 
 
 @contextmanager

@@ -67,6 +67,10 @@ class StateWork(NamedTuple):
     readers: list[HookFunction]
     states: States
 
+    @property
+    def all_writers(self) -> list[HookFunction]:
+        return [function for functions in self.writers.values() for function in functions]
+
 
 def state_work(hook: HookPoint, length: int) -> StateWork:
     """Sort a state hook's functions into writers by position and readers, and find which states must be kept."""
@@ -97,17 +101,23 @@ def scan_with_state_hooks(
         out = scan(0, length, initial_state, None, None)
         return out.y, out.final_state
     work = state_work(hook, length)
-    writers = [function for functions in work.writers.values() for function in functions]
-    for function in writers:
+    for function in work.all_writers:
         if isinstance(function, AffineStateHook):
             function.check_fits((batch, d_inner, d_state), hook)
-    if all(isinstance(function, AffineStateHook) for function in writers):
-        out = scan(0, length, initial_state, work.states, _fused_edits(work.writers, x.device))
-    else:
-        out = _scan_in_segments(scan, hook, work, length, initial_state)
+    out = scan_with_writers(scan, hook, work, x, initial_state)
     if out.states is not None:
         _show_states(hook, work, out.states)
     return out.y, out.final_state
+
+
+def scan_with_writers(
+    scan: Scan, hook: HookPoint, work: StateWork, x: Float[Tensor, "batch pos d_inner"], initial_state: Tensor | None
+) -> ScanOutput:
+    """Run `scan` with the functions that change its state; nothing is shown to readers and recorders."""
+    length = x.shape[1]
+    if all(isinstance(function, AffineStateHook) for function in work.all_writers):
+        return scan(0, length, initial_state, work.states, _fused_edits(work.writers, x.device))
+    return _scan_in_segments(scan, hook, work, length, initial_state)
 
 
 def _fused_edits(writers: dict[int, list[HookFunction]], device: torch.device) -> StateEdits | None:
