@@ -13,4 +13,4 @@ def versions() -> dict[str, str]:
         own = version("ssminterp")
     except PackageNotFoundError:
         own = "source tree, not installed"
-    return {"torch": torch.__version__, "transformers": version("transformers"), "ssminterp": own}
+    return {"torch": str(torch.__version__), "transformers": version("transformers"), "ssminterp": own}

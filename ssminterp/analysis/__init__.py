@@ -8,6 +8,9 @@ from ssminterp.analysis.direct import (
     attribute_to_sources,
     logit_direction,
 )
+from ssminterp.analysis.flow import flow_contributions
+from ssminterp.analysis.flow_graph import flow_graph, strongest_paths
+from ssminterp.analysis.flow_patching import flow_patches
 from ssminterp.analysis.lenses import lens_summary, logit_lens, state_lens, top_tokens
 from ssminterp.analysis.memory import (
     half_lives,
@@ -27,6 +30,9 @@ __all__ = [
     "attribute_to_sources",
     "compare_states",
     "conv_contributions",
+    "flow_contributions",
+    "flow_graph",
+    "flow_patches",
     "half_lives",
     "hidden_attention",
     "horizons",
@@ -43,6 +49,7 @@ __all__ = [
     "state_words",
     "states_at",
     "step_sizes",
+    "strongest_paths",
     "survival",
     "token_contributions",
     "top_tokens",

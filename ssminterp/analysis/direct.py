@@ -157,6 +157,8 @@ def described(model: HookedMamba, answer: Token, instead: Token | None) -> str:
     """ "logit of Mary - John", for titles."""
 
     def text(token: Token) -> str:
+        if not isinstance(token, str | int) and len(token) == 1:
+            (token,) = token.tolist() if isinstance(token, Tensor) else token
         if isinstance(token, str):
             return token.strip()
         if isinstance(token, int):

@@ -17,6 +17,7 @@ from ssminterp.analysis import (
     attribute_to_layers,
     attribute_to_sources,
     conv_contributions,
+    flow_contributions,
     half_lives,
     hidden_attention,
     logit_lens,
@@ -47,6 +48,7 @@ ANALYSES: dict[str, Analysis] = {
     "attribute_to_layers": lambda model, run: attribute_to_layers(model, run, 3, 4),
     "attribute_to_channels": lambda model, run: attribute_to_channels(model, run, 3, 4),
     "attribute_to_sources": lambda model, run: attribute_to_sources(model, run, 3, 4),
+    "flow_contributions": lambda model, run: flow_contributions(model, run, 3, 4)["state"],
     "conv_contributions": lambda model, run: conv_contributions(model, run, 1),
     "conv_norms": lambda model, run: conv_contributions(model, run, 1, reduce="norm"),
 }
