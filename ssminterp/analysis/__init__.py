@@ -11,6 +11,7 @@ from ssminterp.analysis.direct import (
 from ssminterp.analysis.flow import flow_contributions
 from ssminterp.analysis.flow_graph import flow_graph, strongest_paths
 from ssminterp.analysis.flow_patching import flow_patches
+from ssminterp.analysis.knockouts import knockout_sweep
 from ssminterp.analysis.lenses import lens_summary, logit_lens, state_lens, top_tokens
 from ssminterp.analysis.memory import (
     half_lives,
@@ -36,6 +37,7 @@ __all__ = [
     "half_lives",
     "hidden_attention",
     "horizons",
+    "knockout_sweep",
     "lens_summary",
     "logit_direction",
     "logit_lens",

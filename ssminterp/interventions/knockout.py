@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ssminterp.interventions.places import Places, Where, causal_masks, check_beforehand
@@ -92,18 +92,25 @@ class Knockout:
         """The hook functions on y that carry it out, checked against the model's shapes."""
         layers = range(model.cfg.n_layers) if self.layers is None else self.layers
         model.check_layers(layers)
+        first = f"blocks.{layers[0]}.mixer.hook_"
+        sources, targets = self._places(roles)
+        check_beforehand(sources, targets, model.hook_points[first + "y"])
+        state = model.hook_points[first + "state"]
+        channels = Selection(channels=self.where.channels).feature_mask(state, model)
+        coordinates = Selection(states=self.where.states).feature_mask(state, model)
+        channels = None if channels is None else channels[:, 0]
+        function = _KnockoutHook(sources, targets, channels, coordinates, self.decay, self.where)
+        return [(f"blocks.{layer}.mixer.hook_y", function) for layer in layers]
+
+    def check_fits(self, model: HookedMamba, tokens: Int[Tensor, "batch pos"], roles: Roles | None = None) -> None:
+        """Raises ValueError if it does not fit the model, the roles, or a run of these tokens."""
+        (name, *_), *_ = self.fwd_hooks(model, roles)
+        self.where.batch_mask(len(tokens))
+        causal_masks(*self._places(roles), len(tokens), tokens.shape[1], model.hook_points[str(name)])
+
+    def _places(self, roles: Roles | None) -> tuple[Places | None, Places | None]:
         sources, targets = (None if at is None else at.at_roles(roles) for at in (self.sources, self.targets))
-        hooks: list[FwdHook] = []
-        check_beforehand(sources, targets, model.hook_points[f"blocks.{layers[0]}.mixer.hook_y"])
-        for layer in layers:
-            y, state = (model.hook_points[f"blocks.{layer}.mixer.hook_{short}"] for short in ("y", "state"))
-            channels, states = Selection(channels=self.where.channels), Selection(states=self.where.states)
-            of_channels, of_states = channels.feature_mask(state, model), states.feature_mask(state, model)
-            hook = _KnockoutHook(
-                sources, targets, None if of_channels is None else of_channels[:, 0], of_states, self.decay, self.where
-            )
-            hooks.append((y.name, hook))
-        return hooks
+        return sources, targets
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from ssminterp.plots.cells import clickable
 from ssminterp.plots.contributions import contribution_heatmap
 from ssminterp.plots.conv import conv_heatmap, tap_heatmap
 from ssminterp.plots.flow import flow_figure
+from ssminterp.plots.knockouts import knockout_curves
 from ssminterp.plots.learn import forgetting_figure, held_at_the_end, state_map, state_steps, three_ways
 from ssminterp.plots.lenses import lens_heatmap, prediction_bars
 from ssminterp.plots.memory import half_life_heatmap, horizon_heatmap, spectrum_figure, step_heatmap, survival_curves
@@ -25,6 +26,7 @@ __all__ = [
     "half_life_heatmap",
     "held_at_the_end",
     "horizon_heatmap",
+    "knockout_curves",
     "lens_heatmap",
     "norm_curve",
     "norm_heatmap",
