@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from ssminterp.checkpoints import BUNDLED
+from ssminterp.cli import states
 from ssminterp.cli.dashboard import dashboard
 from ssminterp.cli.ioi import ioi
 
@@ -16,6 +17,7 @@ app = typer.Typer(
 )
 app.command()(ioi)
 app.command()(dashboard)
+app.add_typer(states.app, name="states")
 
 
 @app.command()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -11,16 +12,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache
 
 from ssminterp.models.cache import ActivationCache
 from ssminterp.models.config import ModelConfig
+from ssminterp.models.fingerprint import Fingerprint
 from ssminterp.models.hook_names import NamesFilter, match_names
 from ssminterp.models.hook_points import HookFunction, HookPoint, HookSpec, Recorder, Registered, attached
-from ssminterp.models.install import causal_lm, hook_specs, input_device, install_hooks
+from ssminterp.models.install import causal_lm, hook_specs, input_device, install_hooks, layer_devices
 from ssminterp.models.loading import load_hf
 from ssminterp.models.memory import check_recording_fits
+from ssminterp.models.reading import in_chunks, read_chunks, tokens_in_pieces
 from ssminterp.models.state import ModelState
-from ssminterp.models.tokens import Text, check_tokens, decode_each, encode
+from ssminterp.models.tokens import Text, check_tokens, decode_each, encode, excerpt
 from ssminterp.models.verify import check_parity, logits_of
 from ssminterp.positions import Positions, resolve_positions
 
@@ -60,6 +64,7 @@ class HookedMamba(nn.Module):
         self.tokenizer = tokenizer
         self.training = hf_model.training
         self.cfg = ModelConfig.of(lm, model_name)
+        self._fingerprint = Fingerprint()
         self.hook_points: dict[str, HookPoint]
         self.hook_points, undo = install_hooks(lm)
         with undo:
@@ -193,8 +198,7 @@ class HookedMamba(nn.Module):
         tokens, attention_mask = self._prepare(text, attention_mask)
         cache = None
         if state is not None:
-            state.check_fits(self.cfg, tokens.shape[0])
-            cache = state.to_cache(self.lm.config)
+            cache = self._cache_of(state, tokens.shape[0])
         return self.hf_model(
             input_ids=tokens, attention_mask=attention_mask, cache_params=cache, use_cache=cache is not None
         ).logits
@@ -290,7 +294,9 @@ class HookedMamba(nn.Module):
         with self.hooks([hook for intervention in interventions for hook in intervention.fwd_hooks(self, roles)]):
             yield self
 
-    def generate(self, text: Input, max_new_tokens: int = 20, **kwargs: Any) -> Tensor | str | list[str]:
+    def generate(
+        self, text: Input, max_new_tokens: int = 20, *, state: ModelState | None = None, **kwargs: Any
+    ) -> Tensor | str | list[str]:
         """Hugging Face's `generate` with the hooks that are attached: text for text, tokens for tokens.
 
         Hooks fire on the prompt and then on every new token by itself, as sequences of length 1. Several texts of
@@ -302,31 +308,83 @@ class HookedMamba(nn.Module):
             tokens, mask = _padded_left(*encode(self._tokenizer(), text))
             tokens, mask = tokens.to(self.device), mask.to(self.device)
         mask = torch.ones_like(tokens) if mask is None else mask
+        if state is not None:
+            copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
+            kwargs["cache_params"] = self._cache_of(state.repeat(copies), copies * tokens.shape[0])
         output = self.lm.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=max_new_tokens, **kwargs)
         if isinstance(text, Tensor):
             return output
         texts = self._tokenizer().batch_decode(output, skip_special_tokens=True)
         return texts[0] if isinstance(text, str) else texts
 
-    def read(self, text: Input, *, state: ModelState | None = None, chunk: int = 2048) -> ModelState:
-        """The state after reading a text, to go on from: `model(tokens, state=state)`.
+    def read(
+        self,
+        text: Input | Iterator[str],
+        *,
+        state: ModelState | None = None,
+        chunk: int = 2048,
+        progress: bool = True,
+    ) -> ModelState:
+        """The state after reading a text, to go on from: `model(tokens, state=state)`, `generate(…, state=state)`.
 
         Memory does not grow with the length of the text.
 
-        state: one to start from. chunk: how many tokens are read at once.
+        text: a text, texts of the same length, tokens [batch, pos], or the parts of one text as an iterator of
+            strings: an open file will do. A long text is tokenized in pieces, cut where that changes no token.
+        state: one to start from. chunk: how many tokens are read at once; the state is the same up to rounding.
+        progress: show a bar, if it takes over a second.
+
+        Raises ValueError for texts of different length, and for a state of another model or batch size.
         """
-        tokens, mask = self._prepare(text, None)
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+        batch, total, pieces, written = self._to_read(text)
+        cache = None if state is None else self._cache_of(state, batch)
+        cache, n_tokens = read_chunks(self.hf_model, in_chunks(pieces, chunk), self.device, cache, total, progress)
+        before = (0, ()) if state is None else (state.n_tokens, state.history)
+        step = f"read {n_tokens:,} tokens{written}"
+        n_tokens += before[0]
+        return ModelState.from_cache(cache, n_tokens, self.cfg.model_name, self.fingerprint(), (*before[1], step))
+
+    def _to_read(self, text: Input | Iterator[str]) -> tuple[int, int | None, Iterable[Tensor], str]:
+        """The batch size, the number of tokens if it is known, the tokens in pieces, and how the text begins."""
+        if isinstance(text, str | Iterator):
+            texts = iter([text]) if isinstance(text, str) else text
+            first = next(texts, "")
+            pieces = tokens_in_pieces(self._tokenizer(), chain([first], texts))
+            return 1, None, pieces, f": {excerpt(first)!r}"
+        if isinstance(text, Tensor):
+            tokens = check_tokens(text, self.cfg.vocab)
+            return tokens.shape[0], tokens.shape[1], [tokens], ""
+        tokens, mask = encode(self._tokenizer(), text)
         if mask is not None:
             raise ValueError("texts of different length end at different positions: read them one by one")
-        if state is not None:
-            state.check_fits(self.cfg, tokens.shape[0])
-        cache = None if state is None else state.to_cache(self.lm.config)
-        with torch.no_grad():
-            for part in tokens.split(chunk, dim=1):
-                cache = self.hf_model(input_ids=part, cache_params=cache, use_cache=True, logits_to_keep=1).cache_params
-        n_tokens = tokens.shape[1] + (0 if state is None else state.n_tokens)
-        assert cache is not None
-        return ModelState.from_cache(cache, n_tokens, self.cfg.model_name)
+        return (
+            tokens.shape[0],
+            tokens.shape[1],
+            [tokens],
+            f" of each of {len(text)} texts, the first {excerpt(text[0])!r}",
+        )
+
+    def load_state(self, path: str | Path) -> ModelState:
+        """A state that was saved, checked to be this model's, on this model's device.
+
+        Raises ValueError if the file is missing, truncated or no state, or if another model read it.
+        """
+        state = ModelState.load(path)
+        state.check_model(self.cfg, self.fingerprint())
+        return state.to(self.device)
+
+    def fingerprint(self) -> str:
+        """A hash of the architecture and the weights, by which states know their model. See `Fingerprint`."""
+        return self._fingerprint.of(self.lm)
+
+    def _cache_of(self, state: ModelState, batch: int) -> DynamicCache:
+        """Raises ValueError if a batch of that size cannot go on from the state."""
+        if not isinstance(state, ModelState):
+            raise ValueError(f"state= takes a ModelState, which read returns, got {type(state).__name__}")
+        state.check_fits(self.cfg, self.fingerprint(), batch)
+        return state.to_cache(self.lm.config, layer_devices(self.lm), self.cfg.dtype)
 
 
 def _registered(fwd_hook: FwdHook) -> tuple[NamesFilter, Registered]:

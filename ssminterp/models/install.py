@@ -33,6 +33,16 @@ def input_device(hf_model: PreTrainedModel) -> torch.device:
     return embeddings.weight.device if execution_device is None else torch.device(execution_device)
 
 
+def layer_devices(hf_model: PreTrainedModel) -> list[torch.device]:
+    """Where each layer computes."""
+    elsewhere = [getattr(block.mixer, "_hf_hook", None) for block in hf_model.backbone.layers]
+    devices = [getattr(hook, "execution_device", None) for hook in elsewhere]
+    return [
+        block.mixer.A_log.device if device is None else torch.device(device)
+        for block, device in zip(hf_model.backbone.layers, devices, strict=True)
+    ]
+
+
 def hook_specs(hf_model: PreTrainedModel) -> tuple[HookSpec, ...]:
     """Every kind of hook of this architecture, in the order of the computation."""
     embed, final_norm, logits = MODEL_HOOKS

@@ -30,7 +30,7 @@ def encode(
     for row, written in zip(rows, texts, strict=True):
         if not row:
             raise ValueError(f"the text {written!r} has no tokens")
-        _check_known(tokenizer, row, written)
+        check_known(tokenizer, row, written)
     longest = max(map(len, rows))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None and min(map(len, rows)) < longest:
@@ -59,14 +59,21 @@ def check_tokens(tokens: Tensor, vocab: int) -> Int[Tensor, "batch pos"]:
     return tokens
 
 
-def _check_known(tokenizer: PreTrainedTokenizerBase, row: list[int], text: str) -> None:
+def check_known(tokenizer: PreTrainedTokenizerBase, row: list[int], text: str) -> None:
+    """Raises ValueError, with the nearest known words, if the tokens of a text hold an unknown one."""
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown not in row:
         return
     vocabulary = {tokenizer.decode([i]).strip() for i in tokenizer.get_vocab().values()}
     words = [w for w in _words(text) if unknown in tokenizer(w, add_special_tokens=False)["input_ids"]]
     hints = [f"{w!r} (like {', '.join(difflib.get_close_matches(w, vocabulary, n=3, cutoff=0.0))})" for w in words]
-    raise ValueError(f"words out of the tokenizer's vocabulary in {text!r}: {'; '.join(hints)}")
+    raise ValueError(f"words out of the tokenizer's vocabulary in {excerpt(text, 300)!r}: {'; '.join(hints)}")
+
+
+def excerpt(text: str, length: int = 60) -> str:
+    """The beginning of a text on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length - 1]}…"
 
 
 def _words(text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Plotly figures, one function each, drawn from labelled arrays."""
 
 from ssminterp.plots.attribution import attribution_bars, attribution_heatmap
+from ssminterp.plots.cartridges import recall_lines, state_distance_heatmap
 from ssminterp.plots.cells import clickable
 from ssminterp.plots.contributions import contribution_heatmap
 from ssminterp.plots.conv import conv_heatmap, tap_heatmap
@@ -32,9 +33,11 @@ __all__ = [
     "norm_heatmap",
     "patching_heatmap",
     "prediction_bars",
+    "recall_lines",
     "save_html",
     "save_report",
     "spectrum_figure",
+    "state_distance_heatmap",
     "state_heatmap",
     "state_map",
     "state_steps",
