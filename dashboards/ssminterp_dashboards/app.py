@@ -31,7 +31,11 @@ from ssminterp_dashboards.errors import guarded
 HERE = Path(__file__).parent
 
 # file in screens/, title, icon, what the page needs above it
-PAGES = (("prompt", "Prompt", ":material/chat:", ("model", "prompt")),)
+PAGES = (
+    ("prompt", "Prompt", ":material/chat:", ("model", "prompt")),
+    ("state", "State", ":material/memory:", ("model", "prompt")),
+    ("learn", "Learn", ":material/school:", ()),
+)
 
 
 def main() -> None:

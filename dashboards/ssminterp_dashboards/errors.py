@@ -39,11 +39,18 @@ def guarded() -> Iterator[None]:
         st.error(plain(message_of(error)), icon=":material/error:")
 
 
+def rerun_whole_page() -> None:
+    """For callbacks of widgets in a panel that change a choice made outside of it: a fragment would run alone."""
+    st.session_state["whole_page"] = True
+
+
 def panel(function: Function) -> Function:
     """A fragment: widgets in it rerun it alone. What goes wrong in it is shown in it."""
 
     @functools.wraps(function)
     def shown(*args: Any, **kwargs: Any) -> Any:
+        if st.session_state.pop("whole_page", False):
+            st.rerun()
         with guarded():
             return function(*args, **kwargs)
 

@@ -89,11 +89,15 @@ def load(key: ModelKey) -> Loaded:
     return Loaded(key, model, time.perf_counter() - start)
 
 
+def device() -> str:
+    """Where models are loaded."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def current_key() -> ModelKey:
     """The model that this tab has chosen."""
     state = st.session_state
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return ModelKey(state["model"], state.get("revision") or "", state.get("dtype") or "float32", device)
+    return ModelKey(state["model"], state.get("revision") or "", state.get("dtype") or "float32", device())
 
 
 def current() -> Loaded:

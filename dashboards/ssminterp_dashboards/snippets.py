@@ -5,6 +5,16 @@ from __future__ import annotations
 from ssminterp_dashboards.models import Loaded
 
 
+def code(loaded: Loaded | None, body: str, **imports: str) -> str:
+    """A snippet that ends with a `figure`: imports from the modules named, the model (if one is asked for), the body.
+
+    imports: names by the module of ssminterp, like analysis="half_lives", plots="half_life_heatmap".
+    """
+    lines = "\n".join(f"from ssminterp.{module} import {names}" for module, names in imports.items())
+    start = f"{lines}\n\n" if loaded is None else opening(loaded, lines)
+    return f"{start}{body}  # figure.show() opens a browser\n"
+
+
 def opening(loaded: Loaded, imports: str) -> str:
     """Imports and the model, as it was loaded."""
     key = loaded.key

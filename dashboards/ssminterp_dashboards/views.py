@@ -12,6 +12,7 @@ import streamlit as st
 import xarray as xr
 
 from ssminterp.plots.theme import in_dark, title_and_subtitle, without_markup
+from ssminterp_dashboards.errors import rerun_whole_page
 from ssminterp_dashboards.models import Loaded
 from ssminterp_dashboards.text import plain
 
@@ -27,7 +28,7 @@ def is_dark() -> bool:
 def show(
     figure: go.Figure,
     key: str,
-    loaded: Loaded,
+    loaded: Loaded | None,
     *,
     data: Data | None = None,
     snippet: str | None = None,
@@ -36,8 +37,8 @@ def show(
 ) -> None:
     """A figure with its title, where its numbers come from, the snippet that makes it, and downloads.
 
-    key: unique over the page; names the files. data: the numbers of the figure. note: markdown, by the page.
-    on_click: called with row and column of a cell, for figures of `plots.clickable`.
+    key: unique over the page; names the files. loaded: None for what no model was asked for. data: the numbers of the figure. note: markdown, by the page.
+    on_click: called with row and column of a cell, for figures of `plots.clickable`; then the whole page is run again.
     """
     title, subtitle = title_and_subtitle(figure)
     shown = without_markup(go.Figure(figure)).update_layout(title=None, margin={"t": 16, "l": 10, "r": 10}, width=None)
@@ -46,7 +47,7 @@ def show(
         shown = in_dark(shown)
     if title:
         st.markdown(f"#### {plain(title)}")
-    revision = f" · revision {loaded.revision}" if loaded.revision not in subtitle else ""
+    revision = "" if loaded is None or loaded.revision in subtitle else f" · revision {loaded.revision}"
     st.caption(plain(subtitle + revision) + (f"  \n{note}" if note else ""))
     if on_click is None:
         st.plotly_chart(shown, key=key, theme=None, config=CONFIG, alt=f"{title}. {subtitle}")
@@ -68,6 +69,7 @@ def _clicked(key: str, on_click: Callable[[int, int], None]) -> None:
     if points:
         row, column = points[0]["customdata"][:2]
         on_click(int(row), int(column))
+        rerun_whole_page()
 
 
 def take_along(key: str, figure: go.Figure | None, data: Data | None, snippet: str | None) -> None:

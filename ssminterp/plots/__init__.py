@@ -3,7 +3,7 @@
 from ssminterp.plots.attribution import attribution_bars, attribution_heatmap
 from ssminterp.plots.cartridges import recall_lines, state_distance_heatmap
 from ssminterp.plots.cells import clickable
-from ssminterp.plots.contributions import contribution_heatmap
+from ssminterp.plots.contributions import contribution_heatmap, strongest_part
 from ssminterp.plots.conv import conv_heatmap, tap_heatmap
 from ssminterp.plots.flow import flow_figure
 from ssminterp.plots.knockouts import knockout_curves
@@ -43,6 +43,7 @@ __all__ = [
     "state_steps",
     "state_words_figure",
     "step_heatmap",
+    "strongest_part",
     "survival_curves",
     "tap_heatmap",
     "three_ways",

@@ -24,7 +24,7 @@ def contribution_heatmap(values: DataArray, title: str | None = None) -> go.Figu
         )
     numbers = values.transpose("target", "source").values
     # So that one strong pair, often a token and itself, does not make all others white.
-    limit = max(float(np.quantile(np.abs(numbers), 0.99)), 1e-12)
+    limit = max(float(np.nanquantile(np.abs(numbers), 0.99)), 1e-12)
     never_negative = float(numbers.min()) >= 0
     figure = go.Figure(
         go.Heatmap(
@@ -43,10 +43,32 @@ def contribution_heatmap(values: DataArray, title: str | None = None) -> go.Figu
     rows, columns = numbers.shape
     figure.update_layout(height=min(900, 260 + 22 * rows), width=min(1100, 400 + 28 * columns))
     subtitle = f"layer {values.attrs['layer']} · {values.attrs['model']} ({values.attrs['dtype']})"
+    if "shown" in values.attrs:
+        subtitle += f" · {values.attrs['shown']}"
     if float(np.abs(numbers).max()) > limit:
         end = f"{'' if never_negative else '±'}{limit:.2g}"
         subtitle += f" · colours end at {end}, the 99th percentile; strongest {np.abs(numbers).max():.2g}"
     return themed(figure, title or name.replace("_", " ").capitalize(), subtitle)
+
+
+def strongest_part(values: DataArray, most: int) -> DataArray:
+    """A map of (target, source) cut down to the `most` targets and sources with the strongest values, in their order.
+
+    What is left out is said in the figure: the attribute `shown`. A batch of one example is taken too.
+
+    Raises ValueError if `most` is no positive number, or the array has other dims.
+    """
+    values = one_example(values)
+    if most < 1 or set(values.dims) != {"target", "source"}:
+        raise ValueError(f"at least one of each of (target, source) is kept, got {most} of {values.dims}")
+    if max(values.shape) <= most:
+        return values
+    kept = {}
+    for dim, other in (("target", "source"), ("source", "target")):
+        strength = np.abs(values).max(other).fillna(0).values
+        kept[dim] = np.sort(np.argsort(-strength, kind="stable")[:most])
+    sizes = " × ".join(f"{len(kept[dim])} of {values.sizes[dim]} {dim}s" for dim in ("target", "source"))
+    return values.isel(kept).assign_attrs(shown=f"the strongest {sizes}")
 
 
 def one_example(values: DataArray) -> DataArray:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from xarray import DataArray
 
-from ssminterp.plots import contribution_heatmap
+from ssminterp.plots import contribution_heatmap, strongest_part
 
 
 @pytest.fixture
@@ -32,6 +32,20 @@ def test_what_is_never_negative_starts_at_white(values: DataArray) -> None:
     heatmap = contribution_heatmap(abs(values).assign_attrs(values.attrs)).data[0]
     assert heatmap.zmin == 0.0
     assert heatmap.colorscale[0][1] == "#ffffff"
+
+
+def test_a_map_too_large_to_read_keeps_its_strongest_rows_and_says_so() -> None:
+    numbers = np.zeros((9, 9))
+    numbers[[3, 7, 8], [1, 2, 6]] = [1.0, -5.0, 3.0]
+    values = DataArray(
+        numbers, dims=["target", "source"], name="y", attrs={"layer": 0, "model": "m", "dtype": "float32"}
+    )
+    part = strongest_part(values, 2)
+    np.testing.assert_array_equal(part.values, [[-5.0, 0.0], [0.0, 3.0]])
+    assert "the strongest 2 of 9 targets × 2 of 9 sources" in contribution_heatmap(part).layout.title.text
+    assert strongest_part(values, 9) is values
+    with pytest.raises(ValueError, match="got 0 of"):
+        strongest_part(values, 0)
 
 
 def test_what_cannot_be_shown_is_refused(values: DataArray) -> None:
