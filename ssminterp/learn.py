@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 from jaxtyping import Float
@@ -211,31 +212,46 @@ def with_fixed_steps(one: OneChannel) -> OneChannel:
     return replace(one, delta=delta, B=B, C=C, source=f"{one.source}, Δ, B and C at their means")
 
 
-def written_out(steps: xr.Dataset, position: int, coordinate: int) -> dict[str, str]:
-    """One step of `recurrence` for one coordinate, in numbers, as LaTeX: "A_bar", "B_bar", "state" and "y".
+def numbers(steps: xr.Dataset, coordinate: int = 0) -> pd.DataFrame:
+    """Every number of `recurrence` for one coordinate of the state, a row per token, in the order of the computation.
+
+    Raises ValueError for a coordinate that does not exist.
+    """
+    _check_index(steps, "coordinate", coordinate)
+    columns = ("x", "delta", "A_bar", "before", "kept", "B_bar", "written", "state", "C", "read", "y")
+    one = steps.isel(coordinate=coordinate)
+    return pd.DataFrame({name: one[name].values for name in columns}, index=list(steps["position"].values))
+
+
+def written_out(steps: xr.Dataset, position: int, coordinate: int) -> dict[str, list[str]]:
+    """One step of `recurrence` for one coordinate, as LaTeX: "A_bar", "B_bar", "state" and "y".
+
+    Each is its name and what it is equal to, in turn: as a formula, in numbers, and its value.
 
     Raises ValueError for a position or coordinate that does not exist.
     """
-    for axis, index in (("position", position), ("coordinate", coordinate)):
-        if not 0 <= index < steps.sizes[axis]:
-            raise ValueError(
-                f"{axis} {index} does not exist: there are {steps.sizes[axis]} (0 to {steps.sizes[axis] - 1})"
-            )
+    _check_index(steps, "position", position)
+    _check_index(steps, "coordinate", coordinate)
     at = steps.isel(position=position)
     here = {str(name): float(values) for name, values in at.isel(coordinate=coordinate).data_vars.items()}
-    delta, A_bar, B_bar, B = here["delta"], here["A_bar"], here["B_bar"], here["B_bar"] / here["delta"]
-    reads = [float(read) for read in at["read"].values]
-    terms = reads if len(reads) <= 4 else reads[:3]
-    rest = "" if len(reads) <= 4 else r" + \dots"
+    delta, A_bar, B_bar = here["delta"], here["A_bar"], here["B_bar"]
+    decay = rf"{_number(delta)} \cdot {_factor(float(at['A'][coordinate]))}"
+    change = rf"{_number(A_bar)} \cdot {_factor(here['before'])} + {_factor(B_bar)} \cdot {_factor(here['x'])}"
+    others = steps.sizes["coordinate"] - 1
+    rest = rf" + \underbrace{{{_factor(here['y'] - here['read'])}}}_{{\text{{{others} others}}}}" if others else ""
+    product = rf"{_factor(here['C'])} \cdot {_factor(here['state'])}"
     return {
-        "A_bar": rf"\bar A = e^{{\Delta A}} = e^{{{_number(delta)} \cdot {_factor(float(at['A'][coordinate]))}}} = "
-        + _number(A_bar),
-        "B_bar": rf"\bar B = \Delta B = {_number(delta)} \cdot {_factor(B)} = {_number(B_bar)}",
-        "state": r"h = \bar A\, h + \bar B\, x = "
-        + rf"{_number(A_bar)} \cdot {_factor(here['before'])} + {_factor(B_bar)} \cdot {_factor(here['x'])} = "
-        + _number(here["state"]),
-        "y": rf"y = C \cdot h = {' + '.join(map(_factor, terms))}{rest} = {_number(here['y'])}",
+        "A_bar": [r"\bar A", r"e^{\Delta A}", f"e^{{{decay}}}", _number(A_bar)],
+        "B_bar": [r"\bar B", r"\Delta B", rf"{_number(delta)} \cdot {_factor(B_bar / delta)}", _number(B_bar)],
+        "state": ["h", r"\bar A\, h + \bar B\, x", change, _number(here["state"])],
+        "y": ["y", r"C \cdot h", product + rest, _number(here["y"])],
     }
+
+
+def _check_index(steps: xr.Dataset, axis: str, index: int) -> None:
+    size = steps.sizes[axis]
+    if not 0 <= index < size:
+        raise ValueError(f"{axis} {index} does not exist: there are {size} (0 to {size - 1})")
 
 
 def _number(value: float) -> str:

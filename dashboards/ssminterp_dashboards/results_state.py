@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import streamlit as st
 import xarray as xr
@@ -37,14 +39,14 @@ def norms(key: ModelKey, prompt: str) -> xr.DataArray:
 
 
 @st.cache_data(max_entries=N_RESULTS, show_spinner="Running the model …")
-def words(key: ModelKey, prompt: str, position: int, read_at: int | None, k: int = 8) -> xr.Dataset:
+def words(key: ModelKey, prompt: str, position: int, read_at: int | None, k: int = 6) -> xr.Dataset:
     """The words that each layer's state after one token comes closest to: (layer, rank)."""
     with models.load(key).ready() as model:
         return state_words(model, prompt, position, read_at=read_at, k=k).isel(batch=0, drop=True)
 
 
 @st.cache_data(max_entries=N_RESULTS, show_spinner="Running the model …")
-def shares(key: ModelKey, prompt: str, layer: int, by: str) -> xr.DataArray:
+def shares(key: ModelKey, prompt: str, layer: int, by: Literal["norm", "read_out"]) -> xr.DataArray:
     """Whose a layer's state is at each token: (target, source)."""
     with models.load(key).ready() as model:
         return state_shares(model, prompt, layer, by).isel(batch=0, drop=True)

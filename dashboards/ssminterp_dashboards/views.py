@@ -37,8 +37,9 @@ def show(
 ) -> None:
     """A figure with its title, where its numbers come from, the snippet that makes it, and downloads.
 
-    key: unique over the page; names the files. loaded: None for what no model was asked for. data: the numbers of the figure. note: markdown, by the page.
-    on_click: called with row and column of a cell, for figures of `plots.clickable`; then the whole page is run again.
+    key: unique over the page; names the files. loaded: None where no model is shown. data: the numbers of the figure.
+    note: markdown, by the page.
+    on_click: called with row and column of a cell, for figures of `plots.clickable`; then the whole page runs again.
     """
     title, subtitle = title_and_subtitle(figure)
     shown = without_markup(go.Figure(figure)).update_layout(title=None, margin={"t": 16, "l": 10, "r": 10}, width=None)

@@ -65,7 +65,7 @@ def strongest_part(values: DataArray, most: int) -> DataArray:
         return values
     kept = {}
     for dim, other in (("target", "source"), ("source", "target")):
-        strength = np.abs(values).max(other).fillna(0).values
+        strength = abs(values).max(other).fillna(0).values
         kept[dim] = np.sort(np.argsort(-strength, kind="stable")[:most])
     sizes = " × ".join(f"{len(kept[dim])} of {values.sizes[dim]} {dim}s" for dim in ("target", "source"))
     return values.isel(kept).assign_attrs(shown=f"the strongest {sizes}")

@@ -132,6 +132,7 @@ def state_words_figure(words: Dataset, title: str | None = None) -> go.Figure:
             y=words["layer"].values,
             text=tokens.transpose("layer", "rank").values,
             texttemplate="%{text}",
+            textfont={"size": 12},
             zmin=-limit if numbers.min() < 0 else 0.0,
             zmax=limit,
             colorscale=DIVERGING if numbers.min() < 0 else SEQUENTIAL,

@@ -44,7 +44,7 @@ def in_dark(figure: go.Figure) -> go.Figure:
     figure.update_yaxes(gridcolor=DARK["grid"], zerolinecolor=DARK["grid"])
     figure.update_shapes(line_color=DARK["text"])
     scales = {tuple(DIVERGING): DIVERGING_DARK, tuple(DIVERGING[3:]): DIVERGING_DARK[3:]}
-    colours = dict(zip(DIVERGING, DIVERGING_DARK, strict=True)) | {FONT["color"]: DARK["text"]}
+    colours = dict(zip(DIVERGING, DIVERGING_DARK, strict=True)) | {str(FONT["color"]): DARK["text"]}
     for trace in figure.data:
         if "colorscale" in trace and trace.colorscale is not None:
             found = scales.get(tuple(colour for _, colour in trace.colorscale))

@@ -2,6 +2,7 @@
 
 import json
 
+import plotly.graph_objects as go
 from streamlit.testing.v1 import AppTest
 
 from ssminterp_dashboards.launch import APP
@@ -13,6 +14,8 @@ def open_page(name: str, timeout: float = 60, **query: str) -> AppTest:
     An exception that reached the script fails the test that asked for the page.
     """
     app = AppTest.from_file(str(APP), default_timeout=timeout)
+    # Choices that pages share are taken from the link by the first page that runs.
+    app.query_params.update(query)
     if name != "prompt":
         app.run().switch_page(f"screens/{name}.py")
     app.query_params.clear()
@@ -33,3 +36,12 @@ def charts(app: AppTest) -> dict[str, dict]:
         key = chart.proto.id.split("-")[-1]
         found[key] = json.loads(chart.proto.spec)
     return found
+
+
+def run_snippets(app: AppTest) -> int:
+    """Run every snippet that the page shows, as it stands; each must leave a figure. Returns how many there were."""
+    for code in app.code:
+        names: dict[str, object] = {}
+        exec(code.value, names)
+        assert isinstance(names["figure"], go.Figure)
+    return len(app.code)

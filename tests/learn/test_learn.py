@@ -13,6 +13,7 @@ from ssminterp.learn import (
     convolved,
     kernel,
     made_up,
+    numbers,
     recurrence,
     selective_story,
     unrolled,
@@ -92,11 +93,20 @@ def test_selection_holds_a_name_that_fixed_steps_lose() -> None:
 
 def test_one_step_in_numbers() -> None:
     lines = written_out(recurrence(made_up(delta=1.0, A=[-1.0, -2.0], words=[("a", 1.0), ("b", -2.0)])), 1, 0)
-    assert lines["A_bar"].endswith(r"e^{1 \cdot (-1)} = 0.368")
-    assert lines["state"].endswith(r"0.368 \cdot 1 + 1 \cdot (-2) = -1.63")
-    assert lines["y"].endswith(r"(-1.63) + (-1.86) = -3.5")
+    assert lines["A_bar"][2:] == [r"e^{1 \cdot (-1)}", "0.368"]
+    assert lines["state"][2:] == [r"0.368 \cdot 1 + 1 \cdot (-2)", "-1.63"]
+    assert lines["y"][2:] == [r"1 \cdot (-1.63) + \underbrace{(-1.86)}_{\text{1 others}}", "-3.5"]
     tiny = written_out(recurrence(made_up(delta=1.0, A=-12.0)), 0, 0)
-    assert tiny["A_bar"].endswith(r"6.1 \times 10^{-6}")
+    assert tiny["A_bar"][-1] == r"6.1 \times 10^{-6}"
+
+
+def test_all_numbers_of_a_coordinate_in_one_table() -> None:
+    steps = recurrence(random_channel(4))
+    table = numbers(steps, 2)
+    np.testing.assert_allclose(table["before"] * table["A_bar"] + table["B_bar"] * table["x"], table["state"])
+    np.testing.assert_allclose(table["C"] * table["state"], table["read"])
+    np.testing.assert_array_equal(table["y"], steps["y"])
+    assert list(table.index) == list(steps["position"].values)
 
 
 def test_what_is_no_channel_is_refused(as_users_run_it: None) -> None:
@@ -115,6 +125,8 @@ def test_what_is_no_channel_is_refused(as_users_run_it: None) -> None:
         kernel(selective_story(2.0, 0.1))
     with pytest.raises(ValueError, match="position 7 does not exist: there are 7"):
         written_out(recurrence(one), 7, 0)
+    with pytest.raises(ValueError, match="coordinate 1 does not exist: there are 1"):
+        numbers(recurrence(one), 1)
     with pytest.raises(ValueError, match="one text is shown at a time, got 2"):
         channel_of(hooked(), random_tokens(2, 4), 0, 0)
     with pytest.raises(ValueError, match=r"channel \[99\] do not exist"):

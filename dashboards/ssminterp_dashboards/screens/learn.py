@@ -9,7 +9,9 @@ from ssminterp.learn import (
     STORY,
     OneChannel,
     convolved,
+    kernel,
     made_up,
+    numbers,
     recurrence,
     selective_story,
     unrolled,
@@ -25,16 +27,26 @@ from ssminterp_dashboards.text import plain
 
 SCREENS = ("A memory", "Forgetting", "Three ways", "Selection", "A real one")
 REAL = "nano-mamba"
+NAMES_OF_NUMBERS = {
+    "delta": "Δ",
+    "A_bar": "A̅",
+    "before": "h before",
+    "kept": "A̅ h",
+    "B_bar": "B̅",
+    "written": "B̅ x",
+    "state": "h",
+    "read": "C h",
+}
 DELTAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 RATES = (-3.0, -2.0, -1.0, -0.7, -0.5, -0.3, -0.2, -0.1, -0.05)
 
 
 def page() -> None:
-    numbers = range(1, len(SCREENS) + 1)
-    chosen = links.choice("learn", 1, numbers)
+    screens = range(1, len(SCREENS) + 1)
+    chosen = links.choice("learn", 1, screens)
     st.segmented_control(
         "Screen",
-        numbers,
+        screens,
         format_func=lambda i: f"{i} · {SCREENS[i - 1]}",
         key="learn",
         required=True,
@@ -61,20 +73,22 @@ def a_memory() -> None:
     one = made_up()
     steps = recurrence(one)
     with left:
-        t = choose_step(one)
+        t = choose_step(one, "learn_t")
         before = "nothing yet, h = 0" if t == 0 else f"h = {float(steps['before'][t, 0]):.3g}"
         st.markdown(f"Before **{plain(STORY[t][0])}** the state is {before}. The token is x = {one.x[t]:g}.")
         show_step(steps, t, 0)
         st.caption("Δ = 0.5 and A = −0.5 for now, B = C = 1. The next screen moves them.")
     with right:
-        snippet = by_hand(f"figure = state_steps(recurrence(one), position={t})", "state_steps", "made_up, recurrence")
+        snippet = snippet_of(
+            f"figure = state_steps(recurrence(one), position={t})", "state_steps", "made_up, recurrence"
+        )
         views.show(state_steps(steps, t), "learn_steps", None, data=steps, snippet=snippet)
 
 
-def choose_step(one: OneChannel, key: str = "learn_t") -> int:
+def choose_step(one: OneChannel, key: str, first: int = 0) -> int:
     """A token to stand at, with a button to the next."""
     last = len(one.labels) - 1
-    t = links.choice(key, 0, range(last + 1))
+    t = links.choice(key, min(first, last), range(last + 1))
     st.select_slider("Token", range(last + 1), format_func=lambda i: one.labels[i], key=key)
     with st.container(horizontal=True):
         st.button(
@@ -96,14 +110,18 @@ def _move(key: str, by: int) -> None:
 
 
 def show_step(steps: Dataset, t: int, coordinate: int) -> None:
-    """One step in numbers."""
-    lines = written_out(steps, t, coordinate)
-    st.latex(
-        r"\begin{aligned}" + r" \\ ".join(line.replace("=", "&=", 1) for line in lines.values()) + r"\end{aligned}"
-    )
+    """One step in numbers, and all of them on demand."""
+    rows = []
+    for name, (left, *equal) in written_out(steps, t, coordinate).items():
+        short = name in ("A_bar", "B_bar")
+        parts = [" = ".join(equal)] if short else equal
+        rows += [f"{left if i == 0 else ''} &= {part}" for i, part in enumerate(parts)]
+    st.latex(r"\begin{aligned}" + r" \\ ".join(rows) + r"\end{aligned}")
+    with st.popover("Every number", icon=":material/table_rows:", type="tertiary"):
+        st.dataframe(numbers(steps, coordinate).rename(columns=NAMES_OF_NUMBERS), width=900)
 
 
-def by_hand(code: str, plot: str, learn: str, delta: float = 0.5, A: float = -0.5) -> str:
+def snippet_of(code: str, plot: str, learn: str, delta: float = 0.5, A: float = -0.5) -> str:
     """The snippet of a figure of the made-up channel `one`."""
     return snippets.code(None, f"one = made_up(delta={delta}, A={A})\n{code}", learn=learn, plots=plot)
 
@@ -112,8 +130,8 @@ def by_hand(code: str, plot: str, learn: str, delta: float = 0.5, A: float = -0.
 def forgetting() -> None:
     """What Δ and A do."""
     st.markdown(
-        "**A** says how fast the state fades, and is learned once. **Δ**, the step size, says how far a token moves the "
-        "clock on. A large Δ does two things at once: it **forgets** (A̅ = exp(Δ A) is near 0) and it **absorbs** "
+        "**A** says how fast the state fades, and is learned once. **Δ**, the step size, says how far a token moves "
+        "the clock on. A large Δ does two things at once: it **forgets** (A̅ = exp(Δ A) is near 0) and it **absorbs** "
         "(B̅ = Δ B is large). A small Δ keeps the state and passes the token by."
     )
     delta, A = delta_and_a()
@@ -125,7 +143,7 @@ def forgetting() -> None:
     )
     one = made_up(delta, A)
     steps = recurrence(one)
-    snippet = by_hand("figure = state_steps(recurrence(one))", "state_steps", "made_up, recurrence", delta, A)
+    snippet = snippet_of("figure = state_steps(recurrence(one))", "state_steps", "made_up, recurrence", delta, A)
     views.show(state_steps(steps), "learn_story", None, data=steps, snippet=snippet)
 
 
@@ -144,17 +162,19 @@ def ways() -> None:
     st.markdown(
         "The same y can be computed in three ways. **Recurrence**: one state, token by token; cheap, for reading a "
         "stream. **Unrolled sum**: y is a sum of what each earlier token wrote, times what is left of it; this says "
-        "*who contributes*. **Convolution**: where Δ, B and C are the same at every token, what is left depends only on "
-        "how long ago it was, so one kernel K slides over the text."
+        "*who contributes*. **Convolution**: where Δ, B and C are the same at every token, what is left depends only "
+        "on how long ago it was, so one kernel K slides over the text."
     )
     delta, A = delta_and_a()
     one = made_up(delta, A)
-    terms, by_hand, by_kernel = unrolled(one), recurrence(one)["y"], convolved(one)
-    figure = three_ways(terms, {"recurrence": by_hand, "convolution": by_kernel})
+    terms, by_steps, by_kernel = unrolled(one), recurrence(one)["y"], convolved(one)
+    figure = three_ways(terms, {"recurrence": by_steps, "convolution": by_kernel})
     code = 'figure = three_ways(unrolled(one), {"recurrence": recurrence(one)["y"], "convolution": convolved(one)})'
-    snippet = by_hand(code, "three_ways", "convolved, made_up, recurrence, unrolled", delta, A)
+    snippet = snippet_of(code, "three_ways", "convolved, made_up, recurrence, unrolled", delta, A)
     views.show(figure, "learn_ways", None, data=terms, snippet=snippet)
-    worst = max(float(abs(by_hand - by_kernel).max()), float(abs(by_hand.values - terms.sum("source").values).max()))
+    worst = max(float(abs(by_steps - by_kernel).max()), float(abs(by_steps.values - terms.sum("source").values).max()))
+    kept = ", ".join(f"{weight:.3g}" for weight in kernel(one).values)
+    st.markdown(f"The kernel, from now backwards: K = {kept}.")
     st.markdown(f"Largest difference between any two of them: **{worst:.1e}**, rounding and nothing else.")
 
 
@@ -234,7 +254,7 @@ def real() -> None:
     begin = f"one = channel_of(model, {prompt!r}, layer={layer}, channel={channel})\n"
     left, right = st.columns([5, 8], gap="large")
     with left:
-        t = choose_step(one, "learn_real_t")
+        t = choose_step(one, "learn_real_t", first=4)
         show_step(steps, t, coordinate)
         st.caption(f"By hand and by the model, y differs by at most {off:.1e} over all tokens.")
     with right:

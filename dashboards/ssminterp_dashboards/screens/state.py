@@ -1,6 +1,8 @@
-"""The page State: what a layer's state would say, what it holds, whose it is, for how long, and where two prompts part."""
+"""The page State: what a layer's state would say and holds, whose it is, for how long, and where two prompts part."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import streamlit as st
 
@@ -22,7 +24,7 @@ from ssminterp_dashboards.models import Loaded
 from ssminterp_dashboards.text import plain
 
 READERS = {"own": "the token itself", "last": "the last token"}
-SHARES = {"read_out": "what is read", "norm": "what is stored"}
+SHARES: dict[Literal["read_out", "norm"], str] = {"read_out": "what is read", "norm": "what is stored"}
 N_CHANNELS = (20, 40, 80, 160)
 
 
@@ -34,7 +36,7 @@ def page() -> None:
         layer = choose_layer(loaded)
     with right:
         position = choose_token(texts)
-    left, right = st.columns([6, 7], gap="large")
+    left, right = st.columns([7, 6], gap="large")
     with left:
         words(loaded, prompt, texts, position)
     with right:
@@ -53,7 +55,7 @@ def page() -> None:
 def words(loaded: Loaded, prompt: str, texts: list[str], position: int) -> None:
     """The state lens of every layer at one token; a click chooses the layer."""
     reader = links.choice("reader", "own", READERS)
-    st.segmented_control("Read by C and gate of", list(READERS), format_func=READERS.get, key="reader", required=True)
+    st.segmented_control("As read by", list(READERS), format_func=READERS.get, key="reader", required=True)
     read_at = len(texts) - 1 if reader == "last" else None
     found = results_state.words(loaded.key, prompt, position, read_at)
     code = f"words = state_words(model, {prompt!r}, {position}, read_at={read_at})\nfigure = state_words_figure(words)"
@@ -96,7 +98,7 @@ def sizes(loaded: Loaded, prompt: str, layer: int) -> None:
         "Compare with another prompt",
         key="second",
         placeholder="the same words with one changed, for example",
-        help="Both are read from the start; the view shows where they part and how far apart the states are from there.",
+        help="Both are read from the start; the view shows where they part, and how far apart the states then are.",
     )
     left, right = st.columns([6, 7], gap="large")
     with left:
@@ -141,7 +143,7 @@ def _take_cell(row: int, column: int) -> None:
 @panel
 def shares(loaded: Loaded, prompt: str, layer: int) -> None:
     """Whose the state is, at every token."""
-    by = links.choice("share", "read_out", SHARES)
+    by: Literal["read_out", "norm"] = links.choice("share", "read_out", SHARES)
     st.segmented_control("Share of", list(SHARES), format_func=SHARES.get, key="share", required=True)
     values = results_state.shares(loaded.key, prompt, layer, by)
     part = readable(values, "share_all")
