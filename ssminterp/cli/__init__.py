@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from ssminterp.checkpoints import BUNDLED
 from ssminterp.cli import states
 from ssminterp.cli.dashboard import dashboard
 from ssminterp.cli.ioi import ioi
+from ssminterp.cli.models import models
 
 app = typer.Typer(
     help="See how a state space model thinks.",
@@ -17,14 +17,7 @@ app = typer.Typer(
 )
 app.command()(ioi)
 app.command()(dashboard)
+app.command()(models)
 app.add_typer(states.app, name="states")
-
-
-@app.command()
-def models() -> None:
-    """List the models that come with the package."""
-    for name in BUNDLED:
-        typer.echo(name)
-
 
 __all__ = ["app"]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ssminterp.checkpoints import BUNDLED
-from ssminterp.models.loading import checkpoint_source
+from ssminterp.models.hub import check_local
 
 
 def dashboard(
@@ -19,7 +19,7 @@ def dashboard(
     if find_spec("streamlit") is None:
         raise typer.BadParameter("the dashboards need streamlit: pip install 'ssminterp[dashboards]'")
     try:
-        checkpoint_source(model)
+        check_local(model)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     from ssminterp_dashboards.launch import launch

@@ -81,22 +81,36 @@ class HookedMamba(nn.Module):
         *,
         revision: str | None = None,
         device: torch.device | str | None = None,
-        device_map: str | dict[str, Any] | None = None,
-        dtype: torch.dtype = torch.float32,
+        device_map: str | Mapping[str, Any] | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        offload_folder: str | Path | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         verify: bool = True,
         trust_remote_code: bool = False,
     ) -> HookedMamba:
         """Load a bundled model, a local folder or a hub name, in eval mode.
 
-        device: where to put it; CUDA if there is one by default. verify: compare with plain transformers once, on a
-        short random input. Raises ValueError if the checkpoint is missing, damaged, incomplete or no Mamba.
+        Formats: transformers' (safetensors or .bin, whole or in shards), the original one of mamba_ssm
+        (`state-spaces/mamba-130m`), and PEFT adapters of either, whose base is loaded too.
+
+        revision: branch, tag or commit of a hub name. device: where to put it; CUDA if there is one by default.
+        device_map, max_memory, offload_folder: transformers' options to spread a model over devices, host memory and
+        disk ("auto"). dtype: a torch type or its name, "auto" for the one that it was saved in. tokenizer: one to use
+        instead of the checkpoint's: its folder, its hub name, or itself. verify: compare with plain transformers once,
+        on a short random input.
+
+        Raises ValueError if the checkpoint is missing, damaged, incomplete or no Mamba, or cannot be fetched.
         """
         hf_model, tokenizer = load_hf(
             name,
             revision=revision,
             device=device,
             device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=offload_folder,
             dtype=dtype,
+            tokenizer=tokenizer,
             trust_remote_code=trust_remote_code,
         )
         return cls(hf_model, tokenizer, str(name), verify)

@@ -1,73 +1,149 @@
-"""Loading checkpoints: bundled names, local folders, hub names."""
+"""Loading checkpoints: bundled names, local folders, hub names; transformers', mamba_ssm's and PEFT's formats."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import json
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from ssminterp.checkpoints import BUNDLED, checkpoint_folder
+from ssminterp.models import original_format
+from ssminterp.models.adapters import ADAPTER_CONFIG, base_of, with_adapter
+from ssminterp.models.hub import check_is_checkpoint, checkpoint_files
 from ssminterp.models.mixers import MIXERS
+from ssminterp.models.verify import TOLERANCE
+
+TokenizerLike = PreTrainedTokenizerBase | str | Path
 
 
 def load_hf(
     name: str | Path,
     *,
-    revision: str | None,
-    device: torch.device | str | None,
-    device_map: str | dict[str, Any] | None,
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The plain Hugging Face model in eval mode and its tokenizer, if the checkpoint has one.
+    revision: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
+    tokenizer: TokenizerLike | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+    """The plain Hugging Face model in eval mode (below a `PeftModel` for an adapter), and its tokenizer if it has one.
 
-    Raises ValueError if the checkpoint is missing, damaged, incomplete, or no supported architecture.
+    Every weight goes from its file straight to its device: no second copy of the model is in memory at any time.
+
+    Raises ValueError if the checkpoint is missing, damaged, incomplete, or no supported architecture, and for options
+    that do not go together.
     """
-    source = checkpoint_source(name)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        options["revision"] = revision
-    with _named_errors(name):
-        config = AutoConfig.from_pretrained(source, **options)
-    _check_architecture(config, name)
-    if device_map is not None:
-        options["device_map"] = device_map
-    with _named_errors(name):
-        # Weights of the wrong shape are reported by `_check_complete`, which names them.
-        hf_model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    _check_dtype(dtype)
+    placement = _placement(device, device_map, max_memory, offload_folder)
+    folder = checkpoint_files(name, revision, trust_remote_code=trust_remote_code)
+    check_is_checkpoint(folder)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        with _named_errors(name):
+            base, base_revision = base_of(folder)
+        base_model, base_tokenizer = load_hf(
+            base,
+            revision=base_revision,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
+            **placement,
         )
-    _check_complete(info, name)
-    if device_map is None:
-        hf_model = hf_model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return hf_model.eval(), _load_tokenizer(source, revision, trust_remote_code)
+        assert isinstance(base_model, PreTrainedModel), "an adapter of an adapter is refused by its base's config"
+        with _named_errors(name):
+            hf_model = with_adapter(base_model, folder)
+        own_tokenizer = _tokenizer(tokenizer, folder, None, trust_remote_code)
+        return hf_model.eval(), own_tokenizer or base_tokenizer
+    config, is_original = _read_config(name, folder, trust_remote_code)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **placement}
+    if is_original:
+        options["key_mapping"] = original_format.RENAMED
+    loaded = _load_weights(name, folder, config, options)
+    usual = original_format.TOKENIZER if is_original else None
+    return loaded.eval(), _tokenizer(tokenizer, folder, usual, trust_remote_code)
 
 
-def checkpoint_source(name: str | Path) -> str:
-    """A bundled folder, an existing local folder, or the hub name itself.
+def _check_dtype(dtype: torch.dtype | str) -> None:
+    known = ["auto", *(str(known).removeprefix("torch.") for known in TOLERANCE)]
+    if dtype not in TOLERANCE and dtype not in known:
+        raise ValueError(f"dtype must be one of {', '.join(known)}, got {dtype!r}")
 
-    Raises ValueError for a path where there is no checkpoint.
+
+def _placement(
+    device: torch.device | str | None,
+    device_map: str | Mapping[str, Any] | None,
+    max_memory: Mapping[int | str, int | str] | None,
+    offload_folder: str | Path | None,
+) -> dict[str, Any]:
+    """transformers' options for where the weights go. Raises ValueError for a device that is not there."""
+    if device_map is not None:
+        if device is not None:
+            raise ValueError(f"pass device={str(device)!r} or device_map={device_map!r}, not both")
+        placed = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in placed.items() if value}
+    if max_memory is not None or offload_folder is not None:
+        raise ValueError('max_memory= and offload_folder= take effect with device_map= only: pass device_map="auto"')
+    try:
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={str(device)!r} is not to be had: {str(error).splitlines()[0]}") from error
+    return {"device_map": {"": target}}
+
+
+def _read_config(name: str | Path, folder: Path, trust_remote_code: bool) -> tuple[PreTrainedConfig, bool]:
+    """The config, in transformers' words, and whether the format is mamba_ssm's.
+
+    Raises ValueError, with the architectures that are known, if it is of none of them.
     """
-    if str(name) in BUNDLED:
-        return str(checkpoint_folder(str(name)))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"the folder {folder} holds no config.json, so it is no checkpoint")
-        return str(folder)
-    if isinstance(name, Path) or str(name).startswith((".", "/", "~")):
-        raise ValueError(f"there is no folder {folder}")
-    return name
-
-
-def _check_architecture(config: Any, name: str | Path) -> None:
+    path = folder / "config.json"
+    with _named_errors(name, f"Supported are {', '.join(MIXERS)}."):
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(entries, dict):
+            raise ValueError(f"{path} holds no object but {entries!r}")
+        if original_format.is_original(entries):
+            return original_format.to_transformers_config(entries), True
+        if "model_type" not in entries:
+            raise ValueError(f"{path} names no model_type, and has not the entries of mamba_ssm's format")
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     architectures = config.architectures or [f"{config.model_type} (no architecture named)"]
     if architectures[0] not in MIXERS:
         raise ValueError(f"{str(name)!r} is a {architectures[0]}; supported are {', '.join(MIXERS)}")
+    return config, False
+
+
+def _load_weights(name: str | Path, folder: Path, config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    # Weights of the wrong shape are reported by `_check_complete`, which names them.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _named_errors(name):
+        try:
+            hf_model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+        except NotImplementedError:
+            # transformers compares tied weights that are both in the file, and fails if neither had the right shape.
+            untied = copy.deepcopy(config)
+            untied.tie_word_embeddings = False
+            _check_complete(AutoModelForCausalLM.from_pretrained(folder, config=untied, **options)[1], name)
+            raise
+    _check_complete(info, name)
+    # What the caller named, and not the folder of the cache, is what an adapter trained on this model should refer to.
+    hf_model.name_or_path = hf_model.config.name_or_path = str(name)
+    return hf_model
 
 
 def _check_complete(info: Any, name: str | Path) -> None:
@@ -83,19 +159,43 @@ def _check_complete(info: Any, name: str | Path) -> None:
 
 
 @contextmanager
-def _named_errors(name: str | Path) -> Iterator[None]:
+def _named_errors(name: str | Path, advice: str = "") -> Iterator[None]:
     """Whatever goes wrong while transformers reads a damaged or unknown checkpoint is a ValueError with its name."""
     try:
         yield
-    except Exception as error:
+    except pickle.UnpicklingError as error:
         raise ValueError(
-            f"cannot load {str(name)!r}: {type(error).__name__}: {error}. Bundled are: {', '.join(BUNDLED)}"
+            f"cannot load {str(name)!r}: its .bin file is damaged, or holds Python objects that are no plain weights, "
+            "and reading those could run code. Convert it to safetensors where you trust it. "
+            f"(torch.load says: {str(error).splitlines()[0]})"
         ) from error
+    except Exception as error:
+        raise ValueError(f"cannot load {str(name)!r}: {type(error).__name__}: {error} {advice}".rstrip()) from error
 
 
-def _load_tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    files = ("tokenizer.json", "tokenizer_config.json")
-    if Path(source).is_dir() and not any((Path(source) / file).is_file() for file in files):
+def _tokenizer(
+    given: TokenizerLike | None, folder: Path, usual: str | None, trust_remote_code: bool
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was given, else the checkpoint's own, else the one that its format is usually used with."""
+    if isinstance(given, PreTrainedTokenizerBase):
+        return given
+    if given is not None:
+        return _read_tokenizer(checkpoint_files(given), trust_remote_code)
+    if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        return _read_tokenizer(folder, trust_remote_code)
+    if usual is None:
         return None
-    options = {} if revision is None else {"revision": revision}
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    try:
+        return _read_tokenizer(checkpoint_files(usual), trust_remote_code=False)
+    except ValueError as error:
+        warnings.warn(
+            f"{folder} holds no tokenizer, and {usual}, which this format is used with, cannot be loaded: {error} "
+            "The model takes tokens only, until from_pretrained is given tokenizer=.",
+            stacklevel=4,
+        )
+        return None
+
+
+def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    with _named_errors(folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -24,10 +24,6 @@ def test_ioi_writes_maps_numbers_and_a_page(tmp_path: Path) -> None:
     assert {"IO", "S1", "S2", "end"} <= set(sweep["position"].values)
 
 
-def test_models_lists_the_bundled_ones() -> None:
-    assert CliRunner().invoke(app, ["models"]).output.split() == ["tiny-mamba", "nano-mamba"]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

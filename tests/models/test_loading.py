@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_formats import write_pickle
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, hooked, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -55,8 +56,12 @@ def test_a_tokenizer_comes_along(tokenizer: PreTrainedTokenizerFast, tmp_path: P
 
 
 def test_dtype(tmp_path: Path) -> None:
-    model = HookedMamba.from_pretrained(saved(tmp_path), device="cpu", dtype=torch.bfloat16)
-    assert model.cfg.dtype == model.blocks[0].mixer.in_proj.weight.dtype == torch.bfloat16
+    """A type, its name, or that of the file."""
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, "bfloat16", "auto"):
+        model = HookedMamba.from_pretrained(tmp_path, device="cpu", dtype=dtype)
+        assert model.cfg.dtype == model.blocks[0].mixer.in_proj.weight.dtype == torch.bfloat16
+    assert HookedMamba.from_pretrained(tmp_path, device="cpu").cfg.dtype == torch.float32
 
 
 def test_sizes_in_cfg(tmp_path: Path) -> None:
@@ -108,6 +113,66 @@ def test_truncated_weights(kept: int, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match="cannot load"):
         HookedMamba.from_pretrained(tmp_path)
+
+
+def test_a_pickle_that_is_not_plain_weights(tmp_path: Path) -> None:
+    """What it would run is not run."""
+    write_pickle(tiny_model(), tmp_path)
+    torch.save({"backbone.norm_f.weight": Touch(tmp_path / "touched")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"cannot load .*objects that are no plain weights.*safetensors"):
+        HookedMamba.from_pretrained(tmp_path)
+    assert not (tmp_path / "touched").exists()
+
+
+class Touch:
+    """An object whose unpickling makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 300, -1])
+def test_a_truncated_pickle(kept: int, tmp_path: Path) -> None:
+    path = write_pickle(tiny_model(), tmp_path) / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="cannot load"):
+        HookedMamba.from_pretrained(tmp_path)
+
+
+def test_a_missing_shard_of_a_pickle(tmp_path: Path) -> None:
+    sorted(write_pickle(tiny_model(), tmp_path, n_shards=3).glob("*.bin"))[1].unlink()
+    with pytest.raises(ValueError, match=r"cannot load .*00002"):
+        HookedMamba.from_pretrained(tmp_path)
+
+
+def test_something_else_than_weights(tmp_path: Path) -> None:
+    """A training checkpoint, with the weights one level down."""
+    write_pickle(tiny_model(), tmp_path)
+    torch.save({"step": torch.tensor(3), "model": tiny_model().state_dict()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"cannot load|do not fit its config: missing"):
+        HookedMamba.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dtype": torch.int8}, "dtype must be one of auto, float64, float32, float16, bfloat16, got torch.int8"),
+        ({"dtype": "half"}, "dtype must be one of"),
+        ({"device": "cuda:7"}, "device='cuda:7' is not to be had"),
+        ({"device": "gpu"}, "device='gpu' is not to be had"),
+        ({"device": "cpu", "device_map": "auto"}, "not both"),
+        ({"max_memory": {"cpu": "1GB"}}, "take effect with device_map= only"),
+        ({"offload_folder": "offload"}, "take effect with device_map= only"),
+        ({"device_map": "everywhere"}, "cannot load .*everywhere"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        HookedMamba.from_pretrained(saved(tmp_path), **options)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
@@ -166,11 +231,3 @@ def test_an_unknown_model_type(tmp_path: Path) -> None:
     edit_json(saved(tmp_path) / "config.json", model_type="mamba9")
     with pytest.raises(ValueError, match=f"(?s)cannot load '{tmp_path}'.*mamba9"):
         HookedMamba.from_pretrained(tmp_path)
-
-
-def test_an_unknown_name_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
-    for name in ("nobody/nothing", "tiny-mambo"):
-        with pytest.raises(ValueError, match=f"(?s)cannot load '{name}'.*Bundled are: "):
-            HookedMamba.from_pretrained(name)
