@@ -1,13 +1,14 @@
 """The hooked model on a CUDA device: what it computes there is what plain transformers and the CPU compute."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
 from ssminterp import HookedMamba, patch
 from ssminterp.models.verify import TOLERANCE
-from tests.tiny_models import hooked_pair, random_tokens
+from tests.tiny_models import hooked_pair, random_tokens, tiny_model
 
 pytestmark = pytest.mark.gpu
 
@@ -50,3 +51,14 @@ def test_gradients_agree_with_the_cpu() -> None:
         model(tokens).square().mean().backward()
     for (name, cpu), gpu in zip(on_cpu.lm.named_parameters(), on_gpu.lm.parameters(), strict=True):
         torch.testing.assert_close(gpu.grad.cpu(), cpu.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"device_map": "auto"}, {"device": "cuda:0"}], ids=str)
+def test_a_checkpoint_goes_straight_to_the_gpu(options: dict[str, str], tmp_path: Path) -> None:
+    plain = tiny_model(hidden_size=256, vocab_size=4096)
+    plain.save_pretrained(tmp_path, max_shard_size="1MB")
+    model = HookedMamba.from_pretrained(tmp_path, **options)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    tokens = random_tokens(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).cpu(), plain(tokens).logits, atol=1e-3, rtol=1e-4)
