@@ -26,10 +26,12 @@ def choose_layer(loaded: Loaded) -> int:
     return layer
 
 
-def choose_token(texts: list[str], label: str = "After which token", key: str = "token") -> int:
-    """A token of the prompt, the last one by default."""
+def choose_token(
+    texts: list[str], label: str = "After which token", key: str = "token", first: int | None = None
+) -> int:
+    """A token of the prompt. first: the one to begin with; None means the last."""
     places = range(len(texts))
-    position = links.choice(key, len(texts) - 1, places)
+    position = links.choice(key, len(texts) - 1 if first is None else first, places)
     st.select_slider(label, places, format_func=lambda i: f"{i} {texts[i].strip()}", key=key)
     return position
 

@@ -42,17 +42,22 @@ def show(title: str, needs: Sequence[str]) -> bool:
             st.caption(PURPOSE.get(title, ""))
         ready = _choose_model() if "model" in needs else True
     links.choice("prompt", DEFAULT_PROMPT)
-    if ready and "prompt" in needs:
-        st.text_input(
-            "Prompt",
-            key="prompt",
-            placeholder="Type a sentence for the model to go on from",
-            help="Press Enter to run it. The bundled models know only the words of their tasks.",
-        )
-        if not (st.session_state["prompt"] or "").strip():
-            st.info("Type a prompt above, or pick one from a task on the page **Prompt**.", icon=":material/edit:")
-            return False
-    return ready
+    return ready and (ask_prompt() if "prompt" in needs else True)
+
+
+def ask_prompt() -> bool:
+    """The prompt that pages share. False if it is empty, and the reader has been told what to do."""
+    prompt = links.choice("prompt", DEFAULT_PROMPT)
+    st.text_input(
+        "Prompt",
+        key="prompt",
+        placeholder="Type a sentence for the model to go on from",
+        help="Press Enter to run it. The bundled models know only the words of their tasks.",
+    )
+    if not (prompt or "").strip():
+        st.info("Type a prompt above, or pick one from a task on the page **Prompt**.", icon=":material/edit:")
+        return False
+    return True
 
 
 def _choose_model() -> bool:

@@ -6,12 +6,14 @@ can be saved, mixed with others, and put under a question that was never in one 
 
 from ssminterp.cartridges.algebra import StateDifference, average, blank, difference, distance, interpolate
 from ssminterp.cartridges.library import CartridgeLibrary
-from ssminterp.cartridges.recall import accuracy_by_layers
+from ssminterp.cartridges.recall import accuracy_by_layers, answer_by_layers, answers
 
 __all__ = [
     "CartridgeLibrary",
     "StateDifference",
     "accuracy_by_layers",
+    "answer_by_layers",
+    "answers",
     "average",
     "blank",
     "difference",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -12,6 +12,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ssminterp.analysis.unembedding import Token, token_ids
 from ssminterp.cartridges.algebra import blank
 from ssminterp.models import HookedMamba, ModelState
 from ssminterp.tasks import TaskBatch
@@ -82,6 +83,88 @@ def accuracy_by_layers(
             "run": ["without the cartridge", "the whole cartridge", "the text in one piece"],
         },
         attrs=attrs,
+    )
+
+
+@torch.no_grad()
+def answers(model: HookedMamba, question: str, states: Mapping[str, ModelState | None], k: int = 4) -> xr.DataArray:
+    """What comes after a question, asked of several states: probabilities, dims (run, token).
+
+    states: by name; None means nothing read before. k: so many of the best tokens of every run are among the tokens,
+        which are ordered by their largest probability in any run. The coordinate `id` is the token's.
+
+    Raises ValueError for a question without tokens, states of another model, no states, and k out of the vocabulary.
+
+    >>> model = HookedMamba.from_pretrained("tiny-mamba", device="cpu")
+    >>> state = model.read("Given red: tiger, iron: lamp.")
+    >>> answers(model, "Now iron:", {"with it": state, "without": None}).sel(run="with it").idxmax("token").item()
+    'lamp'
+    """
+    if not states or not 0 < k <= model.cfg.vocab:
+        raise ValueError(
+            f"at least one state and 1 to {model.cfg.vocab} tokens are needed, got {len(states)} and k={k}"
+        )
+    rows = [model(question, state=state)[0, -1].float().softmax(-1).cpu() for state in states.values()]
+    probabilities = torch.stack(rows)
+    ids = probabilities.topk(k).indices.unique()
+    ids = ids[probabilities[:, ids].amax(0).argsort(descending=True, stable=True)]
+    texts = [str(int(i)) if model.tokenizer is None else model.to_str_tokens(i[None])[0].strip() for i in ids]
+    labels = [text if texts.count(text) == 1 else f"{text} ({int(i)})" for text, i in zip(texts, ids, strict=True)]
+    attrs = {"question": question, "model": model.cfg.model_name, "dtype": str(model.cfg.dtype).removeprefix("torch.")}
+    coords = {"run": list(states), "token": labels, "id": ("token", ids.numpy())}
+    return xr.DataArray(
+        probabilities[:, ids].numpy(), coords, ("run", "token"), name="probability", attrs=attrs | versions()
+    )
+
+
+@torch.no_grad()
+def answer_by_layers(
+    model: HookedMamba,
+    question: str,
+    cartridge: ModelState,
+    base: ModelState | None = None,
+    answer: Token | None = None,
+) -> xr.Dataset:
+    """How probable one answer is with all layers of a cartridge, with some of them, and without it.
+
+    cartridge, base: states of one example. base: what the other layers hold; None means nothing.
+    answer: a token; None means the one that is most probable with the whole cartridge.
+
+    Returns what `accuracy_by_layers` does, for one example; the attribute `metric` names the answer.
+
+    Raises ValueError for states of another model or of several examples, and for an answer that is no token.
+    """
+    other = blank(cartridge) if base is None else base
+
+    def probabilities(state: ModelState) -> Tensor:
+        return model(question, state=state)[0, -1].float().softmax(-1)
+
+    whole = probabilities(cartridge)
+    (token,) = token_ids(model, int(whole.argmax()) if answer is None else answer, 1).tolist()
+    n_layers = model.cfg.n_layers
+    moved = [
+        [[float(probabilities(other.swap(cartridge, chosen(layer, n_layers)))[token])] for layer in range(n_layers)]
+        for chosen in SWAPS.values()
+    ]
+    text = str(token) if model.tokenizer is None else model.to_str_tokens(torch.tensor([token]))[0].strip()
+    attrs = {
+        "task": f"“{question}”",
+        "metric": f"probability of “{text}”",
+        "base": "nothing" if base is None else "another cartridge",
+        "model": model.cfg.model_name,
+    }
+    return xr.Dataset(
+        {
+            "moved": (("swap", "layer", "example"), np.array(moved)),
+            "baseline": (("run", "example"), [[float(probabilities(other)[token])], [float(whole[token])]]),
+        },
+        coords={
+            "swap": list(SWAPS),
+            "layer": np.arange(n_layers),
+            "example": [0],
+            "run": ["without the cartridge", "the whole cartridge"],
+        },
+        attrs=attrs | versions(),
     )
 
 

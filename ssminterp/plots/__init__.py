@@ -1,7 +1,7 @@
 """Plotly figures, one function each, drawn from labelled arrays."""
 
 from ssminterp.plots.attribution import attribution_bars, attribution_heatmap
-from ssminterp.plots.cartridges import recall_lines, state_distance_heatmap
+from ssminterp.plots.cartridges import answer_bars, recall_lines, state_distance_heatmap
 from ssminterp.plots.cells import clickable
 from ssminterp.plots.contributions import contribution_heatmap, strongest_part
 from ssminterp.plots.conv import conv_heatmap, tap_heatmap
@@ -16,6 +16,7 @@ from ssminterp.plots.states import compare_curves, norm_curve, norm_heatmap, sta
 from ssminterp.plots.theme import save_html
 
 __all__ = [
+    "answer_bars",
     "attribution_bars",
     "attribution_heatmap",
     "clickable",

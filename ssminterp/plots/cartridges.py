@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from xarray import DataArray, Dataset
 
 from ssminterp.plots.memory import SEQUENTIAL
-from ssminterp.plots.theme import themed
+from ssminterp.plots.theme import DIVERGING, themed
 
 _COLOURS = {
     "only this layer": "#8c510a",
@@ -56,11 +56,47 @@ def recall_lines(recall: Dataset, title: str | None = None) -> go.Figure:
     figure.update_xaxes(title="layer", dtick=1)
     figure.update_yaxes(title=named.get(attrs["metric"], attrs["metric"]))
     figure.update_layout(height=460, width=860, legend={"title": {"text": "layers taken from the cartridge"}})
-    others = {"nothing": "nothing", "corrupted": "the corrupted prompt's text"}[attrs["base"]]
-    subtitle = (
-        f"{attrs['task']}, {recall.sizes['example']} bare questions · the other layers hold {others} · {attrs['model']}"
-    )
+    others = {"corrupted": "the corrupted prompt's text"}.get(attrs["base"], attrs["base"])
+    n = recall.sizes["example"]
+    questions = f", {n} bare questions" if n > 1 else ""
+    subtitle = f"{attrs['task']}{questions} · the other layers hold {others} · {attrs['model']}"
     return themed(figure, title or "Which layers of a cartridge answer the question", subtitle)
+
+
+def answer_bars(answers: DataArray, title: str | None = None) -> go.Figure:
+    """What comes after a question, asked of several states, beside each other: the most probable answers on top.
+
+    answers: from `cartridges.answers`, dims (run, token), of at most four runs.
+
+    Raises ValueError for an array of other dims, and for more runs.
+    """
+    if set(answers.dims) != {"run", "token"} or answers.sizes["run"] > len(_COLOURS):
+        raise ValueError(f"the bars show up to {len(_COLOURS)} runs by (run, token), got {dict(answers.sizes)}")
+    colours = [DIVERGING[i] for i in (-1, 1, -2, 0)]
+    figure = go.Figure(
+        [
+            go.Bar(
+                x=answers.sel(run=run).values,
+                y=answers["token"].values,
+                orientation="h",
+                name=str(run),
+                marker_color=colour,
+                text=[f"{p:.1%}" if p >= 1e-3 else "" for p in answers.sel(run=run).values],
+                textposition="outside",
+                cliponaxis=False,
+                hovertemplate=f"{run}<br>%{{y}}: %{{x:.4g}}<extra></extra>",
+            )
+            for run, colour in zip(answers["run"].values, colours, strict=False)
+        ]
+    )
+    figure.update_xaxes(title="probability of being the next token", tickformat=".0%", range=[0, 1.15])
+    figure.update_yaxes(type="category", autorange="reversed", automargin=True)
+    rows = answers.sizes["token"] * answers.sizes["run"]
+    figure.update_layout(
+        height=200 + 17 * rows, barmode="group", legend={"orientation": "h", "y": -0.25, "yanchor": "top"}
+    )
+    subtitle = f"after “{answers.attrs['question']}” · {answers.attrs['model']} ({answers.attrs['dtype']})"
+    return themed(figure, title or "What the question is answered", subtitle)
 
 
 def state_distance_heatmap(distances: DataArray, title: str | None = None) -> go.Figure:

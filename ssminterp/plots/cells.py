@@ -44,9 +44,24 @@ def clickable(figure: go.Figure, chosen: tuple[int, int] | None = None) -> go.Fi
     )
     figure.update_traces(hoverinfo="skip", hovertemplate=None, selector={"type": "heatmap"})
     figure.update_layout(hovermode="closest", clickmode="event+select", dragmode=False)
+    for axis, values in ((figure.layout.xaxis, x), (figure.layout.yaxis, y)):
+        _end_at_the_cells(axis, values)
     if chosen is not None:
         _frame(figure, chosen, z.shape, (x, y))
     return figure
+
+
+def _end_at_the_cells(axis: go.layout.XAxis | go.layout.YAxis, values: np.ndarray) -> None:
+    """Keep the axis from making room for the markers beside the outermost cells."""
+    places = np.arange(len(values)) if _is_category(axis, values) else np.asarray(values, dtype=float)
+    half = (places[1] - places[0]) / 2 if len(places) > 1 else 0.5
+    ends = [places[0] - half, places[-1] + half]
+    axis.range = ends[::-1] if axis.autorange == "reversed" else ends
+    axis.autorange = None
+
+
+def _is_category(axis: go.layout.XAxis | go.layout.YAxis, values: np.ndarray) -> bool:
+    return axis.type == "category" or np.asarray(values).dtype.kind not in "iuf"
 
 
 def _for_markers(template: str, n_details: int, n_own: int, heat: go.Heatmap) -> str:
@@ -68,7 +83,7 @@ def _frame(
     if not (0 <= row < shape[0] and 0 <= column < shape[1]):
         raise ValueError(f"there is no cell {chosen} in a map of {shape[0]} × {shape[1]}")
     at_x, at_y = (
-        float(i) if axis.type == "category" or np.asarray(values).dtype.kind not in "iuf" else float(values[i])
+        float(i) if _is_category(axis, values) else float(values[i])
         for values, i, axis in ((labels[0], column, figure.layout.xaxis), (labels[1], row, figure.layout.yaxis))
     )
     figure.add_shape(

@@ -11,6 +11,7 @@ from ssminterp.plots.theme import DIVERGING, themed
 
 # White to teal, the upper half of the diverging colours: for what is never negative.
 SEQUENTIAL = DIVERGING[3:]
+SYMBOLS = {"delta": "Δ", "delta_max": "Δ", "decay": "A̅", "decay_min": "A̅"}
 QUANTILES = (0.99, 0.9, 0.5, 0.1)
 
 
@@ -35,7 +36,7 @@ def step_heatmap(steps: DataArray, title: str | None = None) -> go.Figure:
             zmax=high,
             colorscale=SEQUENTIAL,
             hovertemplate="layer %{y}<br>%{x}<br>%{z:.4g}<extra></extra>",
-            colorbar={"title": {"text": str(steps.name), "side": "right"}, "thickness": 14},
+            colorbar={"title": {"text": SYMBOLS.get(str(steps.name), str(steps.name))}, "thickness": 14},
         )
     )
     figure.update_xaxes(title="token", type="category", tickangle=-45, automargin=True)
@@ -43,7 +44,7 @@ def step_heatmap(steps: DataArray, title: str | None = None) -> go.Figure:
     rows, columns = numbers.shape
     figure.update_layout(height=240 + 34 * rows, width=min(1200, max(620, 200 + 34 * columns)))
     meaning = {"delta": "mean Δ over channels", "delta_max": "largest Δ of any channel"}
-    meaning |= {"decay": "mean A_bar over the state", "decay_min": "smallest A_bar of the state"}
+    meaning |= {"decay": "mean A̅ over the state", "decay_min": "smallest A̅ of the state"}
     subtitle = f"{meaning.get(str(steps.name), steps.name)} · {steps.attrs['model']} ({steps.attrs['dtype']})"
     return themed(figure, title or "How far each token moves the state on", subtitle)
 

@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 from tiny_models import hooked, random_tokens
 
-from ssminterp.analysis import compare_states, horizons, state_norms, state_words, states_at
-from ssminterp.plots import compare_curves, horizon_heatmap, norm_curve, norm_heatmap, state_heatmap, state_words_figure
+from ssminterp.analysis import compare_states, horizons, state_norms, state_shares, state_words, states_at
+from ssminterp.plots import (
+    clickable,
+    compare_curves,
+    contribution_heatmap,
+    horizon_heatmap,
+    norm_curve,
+    norm_heatmap,
+    state_heatmap,
+    state_words_figure,
+)
 
 
 def test_sizes_are_shown_as_they_are() -> None:
@@ -55,6 +64,16 @@ def test_horizons_are_ordered_within_layers_and_thinned_out_where_too_many() -> 
     few = horizon_heatmap(values, most_columns=4)
     np.testing.assert_array_equal(few.data[0].z[:, [0, -1]], shown.data[0].z[:, [0, -1]])
     assert "4 of 16 channels" in few.layout.title.text
+
+
+def test_a_map_to_click_ends_at_its_cells() -> None:
+    model, tokens = hooked(), random_tokens(1, 7)
+    layout = clickable(horizon_heatmap(horizons(model, tokens))).layout
+    assert (layout.xaxis.range, layout.yaxis.range) == ((0.5, 16.5), (-0.5, 2.5))
+    layout = clickable(norm_heatmap(state_norms(model, tokens))).layout
+    assert layout.xaxis.range == (-0.5, 6.5)
+    layout = clickable(contribution_heatmap(state_shares(model, tokens, 0))).layout
+    assert layout.yaxis.range == (6.5, -0.5)
 
 
 def test_what_cannot_be_shown_is_refused() -> None:
