@@ -27,11 +27,13 @@ from ssminterp_kernels.selective_scan.triton_math import (
     count_before,
     load_A2,
     load_channels,
+    load_masked,
     load_tile,
     position_or_never,
     program_place,
     sigmoid,
     step_size,
+    store_masked,
     store_state,
     tile,
     touch_weights,
@@ -43,32 +45,36 @@ from ssminterp_kernels.selective_scan.triton_math import (
 
 @triton.jit
 @no_type_check
-def _load_inputs(x_rows, delta_rows, t0, begin, end, there, POS: tl.constexpr, COUNT: tl.constexpr):
-    """x and delta at COUNT positions from t0 on, as a flat tuple; zeros outside of begin..end."""
-    x_at = x_rows + t0 * POS[0]
-    delta_at = delta_rows + t0 * POS[1]
+def _load_inputs(x_rows, delta_rows, t0, begin, end, there, POS: tl.constexpr, COUNT: tl.constexpr, MASK: tl.constexpr):
+    """x and delta at COUNT positions from t0 on, as a flat tuple; before begin those of begin, from end on zeros."""
+    at = tl.maximum(t0, begin)
+    if not MASK:
+        at = tl.minimum(at, end - COUNT)
+    x_at = x_rows + at.to(tl.int64) * POS[0]
+    delta_at = delta_rows + at.to(tl.int64) * POS[1]
     rows = ()
     for u in tl.static_range(COUNT):
-        mask = there & (t0 + u >= begin) & (t0 + u < end)
-        rows = rows + (tl.load(x_at + u * POS[0], mask=mask, other=0.0),)
-        rows = rows + (tl.load(delta_at + u * POS[1], mask=mask, other=0.0),)
+        mask = there & (at + u < end)
+        rows = rows + (load_masked(x_at + u * POS[0], mask, MASK),)
+        rows = rows + (load_masked(delta_at + u * POS[1], mask, MASK),)
     return rows
 
 
 @triton.jit
 @no_type_check
-def _load_gates(z_rows, dy_rows, z, t0, begin, end, there, POS: tl.constexpr, COUNT: tl.constexpr):
+def _load_gates(z_rows, dy_rows, z, t0, begin, end, there, POS: tl.constexpr, COUNT: tl.constexpr, MASK: tl.constexpr):
     """z (zeros if there is none) and dy, as `_load_inputs`."""
-    z_at = z_rows + t0 * POS[2]
-    dy_at = dy_rows + t0 * POS[5]
+    at = tl.maximum(t0, begin)
+    z_at = z_rows + at.to(tl.int64) * POS[2]
+    dy_at = dy_rows + at.to(tl.int64) * POS[5]
     rows = ()
     for u in tl.static_range(COUNT):
-        mask = there & (t0 + u >= begin) & (t0 + u < end)
+        mask = there & (at + u < end)
         if z is None:
             rows = rows + (0.0,)
         else:
-            rows = rows + (tl.load(z_at + u * POS[2], mask=mask, other=0.0),)
-        rows = rows + (tl.load(dy_at + u * POS[5], mask=mask, other=0.0),)
+            rows = rows + (load_masked(z_at + u * POS[2], mask, MASK),)
+        rows = rows + (load_masked(dy_at + u * POS[5], mask, MASK),)
     return rows
 
 
@@ -123,6 +129,8 @@ def scan_backward_kernel(
     POS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     SEGMENT: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -135,7 +143,10 @@ def scan_backward_kernel(
     dweights: [2 (B, C), batch, pos, n_blocks, d_state]; dchannels: [batch, n_chunks, (d_state + 2) × d_inner] (A, D,
     bias); dkeep, dadd: [batch, n_edits, d_inner, d_state]; dstart: [batch, 1, d_inner, d_state].
     scratch: (pointer to [programs, SEGMENT / BLOCK_T, BLOCK_N, BLOCK_D],). POS: the strides of the position axes of x,
-    delta, z, B, C, dy, dx, ddelta, dz and dweights.
+    delta, z, B, C, dy, dx, ddelta, dz and dweights. MASK: some block of BLOCK_T positions or BLOCK_D channels is not
+    full; MASK_N: d_state is less than BLOCK_N.
+
+    Positions are 32-bit numbers, because pairs of registers for them and their masks cost a twentieth of the time.
     """
     batch, chunk, block, group, d, there = program_place(n_blocks, n_chunks, group_size, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
@@ -168,8 +179,8 @@ def scan_backward_kernel(
     dA = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dD = tl.zeros((BLOCK_D,), tl.float32)
     dbias = tl.zeros((BLOCK_D,), tl.float32)
-    first = chunk * chunk_length
-    stop = tl.minimum(first + chunk_length, length)
+    first = (chunk * chunk_length).to(tl.int32)
+    stop = tl.minimum(first + chunk_length, length).to(tl.int32)
     touched = tl.zeros((32,), tl.float32)
     for back in tl.range(0, tl.cdiv(stop - first, SEGMENT)):
         begin = first + (tl.cdiv(stop - first, SEGMENT) - 1 - back) * SEGMENT
@@ -180,20 +191,20 @@ def scan_backward_kernel(
         else:
             state = load_tile(boundaries, batch, begin // SEGMENT, d, n, tile_there, zero)
         tl.store(own_scratch, state)
-        inputs = _load_inputs(x_rows, delta_rows, begin, begin, end, there, POS, BLOCK_T)
+        inputs = _load_inputs(x_rows, delta_rows, begin, begin, end, there, POS, BLOCK_T, MASK)
         for piece in tl.range(1, n_pieces):
             t0 = begin + (piece - 1) * BLOCK_T
             here = inputs
-            inputs = _load_inputs(x_rows, delta_rows, t0 + BLOCK_T, begin, end, there, POS, BLOCK_T)
+            inputs = _load_inputs(x_rows, delta_rows, t0 + BLOCK_T, begin, end, there, POS, BLOCK_T, MASK)
             touched += touch_weights(B, batch, group, d_state, t0 + BLOCK_T, end, POS[3], BLOCK_T)
             touched += touch_weights(C, batch, group, d_state, t0 + BLOCK_T, end, POS[4], BLOCK_T)
             edited = False
             if edits is not None:
                 edited = any_between(edits_here, edits[2], t0, t0 + BLOCK_T)
-            B_at = B_rows + t0 * POS[3]
+            B_at = B_rows + t0.to(tl.int64) * POS[3]
             for u in tl.static_range(BLOCK_T):
                 step = step_size(here[2 * u + 1], bias_row, SOFTPLUS)
-                B_row = tl.load(B_at + u * POS[3], mask=n_there, other=0.0).to(tl.float32)
+                B_row = load_masked(B_at + u * POS[3], n_there, MASK_N).to(tl.float32)
                 state = advance(state, A2, step, here[2 * u], B_row)
                 if edits is not None:
                     if edited:
@@ -201,28 +212,30 @@ def scan_backward_kernel(
             tl.store(own_scratch + piece * BLOCK_N * BLOCK_D, state)
         tl.debug_barrier()
 
-        gates = _load_gates(z_rows, dy_rows, z, begin + (n_pieces - 1) * BLOCK_T, begin, end, there, POS, BLOCK_T)
+        gates = _load_gates(z_rows, dy_rows, z, begin + (n_pieces - 1) * BLOCK_T, begin, end, there, POS, BLOCK_T, MASK)
         for later in tl.range(0, n_pieces):
             piece = n_pieces - 1 - later
             t0 = begin + piece * BLOCK_T
             here = inputs
             gates_here = gates
             before = tl.load(own_scratch + piece * BLOCK_N * BLOCK_D)
-            inputs = _load_inputs(x_rows, delta_rows, t0 - BLOCK_T, begin, end, there, POS, BLOCK_T)
-            gates = _load_gates(z_rows, dy_rows, z, t0 - BLOCK_T, begin, end, there, POS, BLOCK_T)
+            inputs = _load_inputs(x_rows, delta_rows, t0 - BLOCK_T, begin, end, there, POS, BLOCK_T, MASK)
+            gates = _load_gates(z_rows, dy_rows, z, t0 - BLOCK_T, begin, end, there, POS, BLOCK_T, MASK)
             edited = False
             if edits is not None:
                 edited = any_between(edits_here, edits[2], t0, t0 + BLOCK_T)
-            B_at = B_rows + t0 * POS[3]
-            C_at = C_rows + t0 * POS[4]
-            dB_at = dB_rows + t0 * POS[9]
-            dC_at = dC_rows + t0 * POS[9]
+            B_at = B_rows + t0.to(tl.int64) * POS[3]
+            C_at = C_rows + t0.to(tl.int64) * POS[4]
+            dB_at = dB_rows + t0.to(tl.int64) * POS[9]
+            dC_at = dC_rows + t0.to(tl.int64) * POS[9]
             history = (before,)
             steps = ()
             for u in tl.static_range(BLOCK_T):
-                step = tl.where(t0 + u < end, step_size(here[2 * u + 1], bias_row, SOFTPLUS), 0.0)
+                step = step_size(here[2 * u + 1], bias_row, SOFTPLUS)
+                if MASK:
+                    step = tl.where(t0 + u < end, step, 0.0)
                 weight_mask = n_there & (t0 + u < end)
-                B_row = tl.load(B_at + u * POS[3], mask=weight_mask, other=0.0).to(tl.float32)
+                B_row = load_masked(B_at + u * POS[3], weight_mask, MASK or MASK_N).to(tl.float32)
                 state = advance(history[u], A2, step, here[2 * u], B_row)
                 if edits is not None:
                     if edited:
@@ -237,8 +250,8 @@ def scan_backward_kernel(
                 weight_mask = n_there & (t < end)
                 x_row = here[2 * u].to(tl.float32)
                 step = steps[u]
-                B_row = tl.load(B_at + u * POS[3], mask=weight_mask, other=0.0).to(tl.float32)
-                C_row = tl.load(C_at + u * POS[4], mask=weight_mask, other=0.0).to(tl.float32)
+                B_row = load_masked(B_at + u * POS[3], weight_mask, MASK or MASK_N).to(tl.float32)
+                C_row = load_masked(C_at + u * POS[4], weight_mask, MASK or MASK_N).to(tl.float32)
                 dy_row = gates_here[2 * u + 1].to(tl.float32)
                 if z is not None:
                     gate = gates_here[2 * u].to(tl.float32)
@@ -248,7 +261,9 @@ def scan_backward_kernel(
                     dy_row *= gate * open_
                 adjoint = carry + C_row[:, None] * dy_row[None, :]
                 adjoint = with_state_gradient(adjoint, t, recorded, dstates, batch, d, n, tile_there & (t < end), zero)
-                tl.store(dC_at + u * POS[9], tl.sum(history[u + 1] * dy_row[None, :], 1), mask=weight_mask)
+                store_masked(
+                    dC_at + u * POS[9], tl.sum(history[u + 1] * dy_row[None, :], 1), weight_mask, MASK or MASK_N
+                )
                 A_bar = tl.exp2(step[None, :] * A2)
                 if edits is not None:
                     if edited:
@@ -258,7 +273,8 @@ def scan_backward_kernel(
                             store_state(dadd, batch, edit, d, n, adjoint, tile_there)
                             store_state(dkeep, batch, edit, d, n, adjoint * unedited, tile_there)
                             adjoint *= load_tile(keep, batch, edit, d, n, tile_there, zero)
-                tl.store(dB_at + u * POS[9], tl.sum(adjoint * (step * x_row)[None, :], 1), mask=weight_mask)
+                dB_row = tl.sum(adjoint * (step * x_row)[None, :], 1)
+                store_masked(dB_at + u * POS[9], dB_row, weight_mask, MASK or MASK_N)
                 through_B = tl.sum(adjoint * B_row[:, None], 0)
                 carry = A_bar * adjoint
                 through_A = carry * history[u]
@@ -267,16 +283,21 @@ def scan_backward_kernel(
                 dD += dy_row * x_row
                 if SOFTPLUS:
                     ddelta_row *= sigmoid(here[2 * u + 1].to(tl.float32) + bias_row)
-                dbias += tl.where(t < end, ddelta_row, 0.0)
+                if MASK:
+                    ddelta_row = tl.where(t < end, ddelta_row, 0.0)
+                dbias += ddelta_row
                 ddelta_out = ddelta_out + (ddelta_row,)
                 dx_out = dx_out + (step * through_B + D_row * dy_row,)
+            dx_at = dx_rows + t0.to(tl.int64) * POS[6]
+            ddelta_at = ddelta_rows + t0.to(tl.int64) * POS[7]
+            dz_at = dz_rows + t0.to(tl.int64) * POS[8]
             # Stored together, because no load moves ahead of a store that it might depend on.
             for u in tl.static_range(BLOCK_T):
                 mask = there & (t0 + u < end)
-                tl.store(dx_rows + t0 * POS[6] + u * POS[6], dx_out[BLOCK_T - 1 - u], mask=mask)
-                tl.store(ddelta_rows + t0 * POS[7] + u * POS[7], ddelta_out[BLOCK_T - 1 - u], mask=mask)
+                store_masked(dx_at + u * POS[6], dx_out[BLOCK_T - 1 - u], mask, MASK)
+                store_masked(ddelta_at + u * POS[7], ddelta_out[BLOCK_T - 1 - u], mask, MASK)
                 if z is not None:
-                    tl.store(dz_rows + t0 * POS[8] + u * POS[8], dz_out[BLOCK_T - 1 - u], mask=mask)
+                    store_masked(dz_at + u * POS[8], dz_out[BLOCK_T - 1 - u], mask, MASK)
         tl.debug_barrier()
 
     channel_sums = dchannels[0] + (batch * n_chunks + chunk) * (d_state + 2) * d_inner
@@ -289,14 +310,18 @@ def scan_backward_kernel(
     use_touched(touched, scratch, zero)
 
 
-@triton.jit(do_not_specialize=["rows", "parts"])
+@triton.jit(do_not_specialize=["parts"])
 @no_type_check
-def sum_parts_kernel(parts_at, out, rows, parts, width, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
-    """out [rows, width] = the sum over the middle axis of [rows, parts, width], in order."""
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+def sum_parts_kernel(parts_at, out, parts, width, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr):
+    """out [rows, width] = the sum over the middle axis of [rows, parts, width], always in the same order.
+
+    BLOCK_P parts are in flight at once: one after the other, each would cost the latency of the memory.
+    """
+    row = tl.program_id(0).to(tl.int64)
     w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    inside = (r < rows)[:, None] & (w < width)[None, :]
-    total = tl.zeros((BLOCK_R, BLOCK_W), tl.float32)
-    for part in tl.range(0, parts):
-        total += tl.load(parts_at + (r[:, None] * parts + part) * width + w[None, :], mask=inside, other=0.0)
-    tl.store(out + r[:, None] * width + w[None, :], total, mask=inside)
+    p = tl.arange(0, BLOCK_P)
+    total = tl.zeros((BLOCK_P, BLOCK_W), tl.float32)
+    for part in tl.range(0, parts, BLOCK_P):
+        inside = (part + p < parts)[:, None] & (w < width)[None, :]
+        total += tl.load(parts_at + (row * parts + part + p[:, None]) * width + w[None, :], mask=inside, other=0.0)
+    tl.store(out + row * width + w, tl.sum(total, 0), mask=w < width)

@@ -42,17 +42,19 @@ def plan_scan(
     unroll: int,
     enough_warps: int,
     warps_wanted: int,
+    widest_block: int = 32,
     shortest_chunk: int = 64,
 ) -> Plan:
     """One pass over time if that has `enough_warps` per multiprocessor, else chunks to have `warps_wanted`.
 
+    A program has at most `widest_block` channels, 32 of them a warp. Warps of one program share their rows of B and C.
     A chunk is a multiple of SEGMENT positions, so that the states before segments include those before chunks.
     Remembered, because it would take a tenth of a short call's time.
     """
     group_size = d_inner // n_groups
     block_n = _next_power_of_2(d_state)
-    num_warps = max(1, min(8, block_n // 32))
-    block_d = min(32, _next_power_of_2(group_size))
+    block_d = min(widest_block, _next_power_of_2(group_size))
+    num_warps = max(1, min(8, block_n // 32)) * max(1, block_d // 32)
     n_blocks = n_groups * _ceil_div(group_size, block_d)
     warps_in_one_pass = batch * n_blocks * num_warps
     chunks = 1

@@ -136,7 +136,7 @@ def forward_plan(s: ScanTensors) -> Plan:
     """How the forward pass covers s."""
     batch, length, d_inner = s.x.shape
     sizes = (batch, length, d_inner, s.A.shape[1], s.B.shape[2], processor_count(s.x.device))
-    return plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=24)
+    return plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=12, widest_block=64)
 
 
 def backward_plan(s: ScanTensors) -> Plan:
@@ -271,6 +271,8 @@ def scan_backward(
         POS=(*strides_of_pos(s.x, s.delta, s.z, s.B, s.C, dy, dx, ddelta, dz), plan.n_blocks * d_state),
         SOFTPLUS=s.softplus,
         SEGMENT=SEGMENT,
+        MASK=length % BLOCK_T != 0 or plan.group_size % plan.block_d != 0,
+        MASK_N=plan.block_n != d_state,
         BLOCK_T=BLOCK_T,
         **tiles,
     )
@@ -338,9 +340,9 @@ def _sum_parts(parts: Tensor, rows: int, n_parts: int, width: int, dtype: torch.
     """[rows, n_parts, width], contiguous, summed over its middle axis in a fixed order."""
     out = torch.empty(rows, width, dtype=dtype, device=parts.device)
     block_w = min(128, 1 << (width - 1).bit_length())
-    block_r = max(1, 128 // block_w) if rows > 1 else 1
-    sum_parts_kernel[(-(-rows // block_r), -(-width // block_w))](
-        *(parts, out, rows, n_parts, width), BLOCK_R=block_r, BLOCK_W=block_w, num_warps=4
+    block_p = min(2048 // block_w, 1 << (n_parts - 1).bit_length())
+    sum_parts_kernel[(rows, -(-width // block_w))](
+        *(parts, out, n_parts, width), BLOCK_P=block_p, BLOCK_W=block_w, num_warps=1 if block_p * block_w < 1024 else 4
     )
     return out
 
