@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ssminterp.patching.plan import Job, Limits, feature_bytes, record_span
 from ssminterp.patching.request import Sweep
-from ssminterp.patching.rows import Past
 from ssminterp.patching.sites import Places, Sites, Wanted, collect
+from ssminterp.patching.stages import Past
 
 # (hook number, layer) -> values [n, *features]
 Sources = Mapping[tuple[int, int], Tensor]
@@ -69,7 +69,7 @@ def records_of(sweep: Sweep, n: int, cells: Sequence[int], found: Sequence[Tenso
             window = torch.zeros(n * taps, cfg.d_inner, device=device, dtype=cfg.dtype)
         if state is None:
             state = torch.zeros(n, cfg.d_inner, cfg.d_state, device=device)
-        pasts.append(Past(window.view(n, taps, cfg.d_inner).transpose(1, 2).contiguous(), state))
+        pasts.append(Past(window.view(n, taps, cfg.d_inner), state))
     values = found[2 * cfg.n_layers :]
     # Of no site at all nothing is recorded, and nothing is run.
     sources = {key: value for key, value in zip(hooks_of(sweep, cells), values, strict=False) if value is not None}

@@ -19,7 +19,6 @@ from ssminterp.patching.plan import (
     LOGITS_SHARE,
     Job,
     Limits,
-    idle_tokens,
     job_sites,
     plan_jobs,
     plan_passes,
@@ -119,8 +118,9 @@ class ResumeEngine:
             for rows, cells in plan_passes(sweep, sites, job.cells, limits):
                 some, own = sites[rows], records.of(rows)
                 changes = _changes(sweep, cells, own.sources)
-                order, hidden = run_rows(sweep, _suffixes(sweep, some), own.pasts, changes, idle_tokens(sweep))
-                _scatter(final, hidden, [cell_place[cell] for cell in order], some, job, reads)
+                keep = _read_offsets(some, reads)
+                order, hidden = run_rows(sweep, _suffixes(sweep, some), own.pasts, changes, keep)
+                _scatter(final, hidden, [cell_place[cell] for cell in order], some, job, reads, keep)
                 finished += len(cells) * len(some)
                 progress.show(finished / (len(job.cells) * len(every_site)))
         return final
@@ -166,21 +166,29 @@ def _check_fits(sweep: Sweep, limits: Limits) -> None:
 
 def _scatter(
     final: Float[Tensor, "cells columns batch n_reads d_model"],
-    hidden: Float[Tensor, "rows n suffix d_model"],
+    hidden: Float[Tensor, "rows n n_keep d_model"],
     cells: Sequence[int],
     sites: Sites,
     job: Job,
     reads: Int[Tensor, "batch n_reads"],
+    keep: list[int],
 ) -> None:
     """Put the rows' residual streams where they belong; what is read before a site stays as in the base run."""
     columns = torch.tensor([job.columns.index(int(k)) for k in sites.column])
     after = reads[sites.example] - sites.position[:, None]  # n, n_reads
     site, read = (after >= 0).nonzero(as_tuple=True)
     device = hidden.device
-    values = hidden[:, site.to(device), after[site, read].to(device)]
+    place = torch.searchsorted(torch.tensor(keep), after[site, read])
+    values = hidden[:, site.to(device), place.to(device)]
     where = (columns[site], sites.example[site], read)
     at, *others = (index.to(final.device) for index in (torch.tensor(list(cells)), *where))
     final[at[:, None], others[0], others[1], others[2]] = values.to(final)
+
+
+def _read_offsets(sites: Sites, reads: Int[Tensor, "batch n_reads"]) -> list[int]:
+    """How far behind its site some metric reads, ascending, for any of the sites."""
+    after = reads[sites.example] - sites.position[:, None]
+    return after[after >= 0].unique().tolist()
 
 
 def _suffixes(sweep: Sweep, sites: Sites) -> Int[Tensor, "n suffix"]:

@@ -1,33 +1,36 @@
 """One pass of the resuming engine: all cells of some sites, from the place of the change to the end.
 
 A change at layer l and position t leaves everything below l and before t as it was. So every row of a pass starts at
-its own site, from the conv windows and states that the base run had there, and the batch grows with the layers:
+its own site, from the conv windows and states that the base run had there, and the batch grows with the layers. In its
+own layer a changed row takes from the base row of its site whatever the change cannot reach:
 
-    rows at layer l = base rows (one per site) + rows changed below l + rows that are changed at l, copies of the base
+    changed before the conv     the first d_conv positions are computed, the scan and what follows at all positions
+    changed between and state   the state at the site is computed, the scan goes on from there
+    changed after the state     the site alone: the rest of the row is the base row, up to the next layer's conv
 
-Position 0 of a row is always its site. Rows come in tiles of n sites each, so that row r belongs to site r mod n.
+The last layer is computed only where the metrics read. Position 0 of a row is always its site, and rows come in tiles
+of n sites each, a tile for every cell, so that row r belongs to site r mod n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from torch import Tensor
 
-from ssminterp.models import HookPoint
-from ssminterp.models.hook_points import HookSpec, Registered
-from ssminterp.models.mixers.state_scan import AffineStateHook
+from ssminterp.models.hook_points import HookSpec
 from ssminterp.patching.request import Sweep
+from ssminterp.patching.stages import Past, ScanInputs, Stages
 
-# Hooks that send a whole batch down a slower path in the mixer: their rows run by themselves.
-APART = (("A_bar", "B_bar"), ("conv_taps",))
-# Hooks whose change at one position leaves the layer's output at later positions as it was.
-LOCAL = {"gate", "C", "y", "ssm_out", "gated", "mixer_out", "resid_post"}
+# Where a change takes hold in its own layer. All other hooks come after the state.
+BEFORE_CONV = ("resid_pre", "mixer_in", "in_x")
+BEFORE_STATE = ("conv_taps", "conv", "x", "delta", "B")
+OF_STATE = ("A_bar", "B_bar", "state")
 
 
 class Changes(NamedTuple):
@@ -42,142 +45,361 @@ class Changes(NamedTuple):
     selections: Sequence[int]
     source: Tensor
 
-    @property
-    def n_rows(self) -> int:
-        return len(self.cells) * self.source.shape[0]
+    def applied(self, sweep: Sweep, now: Float[Tensor, "n *features"]) -> Float[Tensor, "rows *features"]:
+        """The rows' new values at their sites."""
+        now = now.expand(len(self.cells), *now.shape)
+        source = self.source.expand_as(now)
+        new = sweep.new_value(now.flatten(0, 1), source.flatten(0, 1)).unflatten(0, now.shape[:2])
+        mask = self._masks(sweep, now.device)
+        return (new if mask is None else torch.where(mask, new, now)).flatten(0, 1)
+
+    def _masks(self, sweep: Sweep, device: torch.device) -> Tensor | None:
+        """[cells, 1, *features]: what each cell changes; None if all change everything."""
+        selections = [sweep.selections[i] for i in self.selections]
+        if all(selection.is_everything for selection in selections):
+            return None
+        masks = [selection.mask(self.spec, device) for selection in selections]
+        return torch.stack(torch.broadcast_tensors(*masks))[:, None]
 
 
-class Past(NamedTuple):
-    """What a layer remembers of the tokens before each site: [n, d_inner, d_conv - 1] and [n, d_inner, d_state]."""
+class _Rows:
+    """Rows on their way through the layers.
 
-    window: Tensor
-    state: Tensor
-
-
-class ResumeCache(Cache):
-    """The part of a Hugging Face cache that a hooked mixer uses: it gives every row the past of its site.
-
-    Nothing is kept of what the mixers store in it.
+    hidden: residual streams [tiles, n, suffix, d_model], the base rows' first, as many tiles as the pass will have.
+    cells: those of the tiles that are in use, without the base.
+    first, first_cells: rows that differ from the base at position 0 alone, [tiles · n, d_model].
     """
 
-    def __init__(self, past: Past, n_tiles: int) -> None:
-        self.past = past
-        self.n_tiles = n_tiles
+    def __init__(self, base: Float[Tensor, "n suffix d_model"], n_tiles: int) -> None:
+        self.hidden = base.new_empty(n_tiles, *base.shape)
+        self.hidden[0] = base
+        self.cells: list[int] = []
+        self.first = base.new_empty(0, base.shape[-1])
+        self.first_cells: list[int] = []
 
     @property
-    def layers(self) -> ResumeCache:
-        return self
+    def used(self) -> Tensor:
+        return self.hidden[: 1 + len(self.cells)]
 
-    def __getitem__(self, layer_idx: int) -> ResumeCache:
-        return self
+    def added(self, cells: Sequence[int]) -> Tensor:
+        """Tiles for more cells, which hold the base's residual stream."""
+        start = 1 + len(self.cells)
+        self.cells += cells
+        tiles = self.hidden[start : start + len(cells)]
+        tiles.copy_(self.hidden[0].expand_as(tiles))
+        return tiles
+
+
+class _Base:
+    """The base rows of a layer: `inputs` to the scan at all positions, and what every hook holds at position 0."""
+
+    def __init__(self, stages: Stages, resid: Tensor, mixer_in: Tensor, in_x: Tensor, conv: Tensor, gate: Tensor):
+        self.stages = stages
+        self.resid_pre, self.mixer_in, self.in_x = resid[:, 0].clone(), mixer_in[:, 0], in_x[:, 0]
+        self.all_in_x, self.all_gate = in_x, gate
+        self.conv = conv[:, 0]
+        self.inputs: ScanInputs
+
+    def value(self, short: str) -> Float[Tensor, "n *features"]:
+        return getattr(self, short)
 
     @property
-    def recurrent_states(self) -> list[Tensor]:
-        return [self.past.state.repeat(self.n_tiles, 1, 1)]
+    def gate(self) -> Tensor:
+        return self.all_gate[:, 0]
 
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        return True
+    @property
+    def conv_taps(self) -> Tensor:
+        return self.stages.conv_taps(self.in_x)
 
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        return torch.cat([self.past.window.repeat(self.n_tiles, 1, 1), conv_states], dim=-1)
+    @property
+    def x(self) -> Tensor:
+        return self.inputs.x[:, 0]
 
-    def update_recurrent_state(
-        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
-    ) -> Tensor:
-        return recurrent_states
+    @cached_property
+    def delta(self) -> Tensor:
+        return self.stages.delta(self.inputs.delta[:, 0])
+
+    @property
+    def B(self) -> Tensor:
+        return self.inputs.B[:, 0]
+
+    @property
+    def C(self) -> Tensor:
+        return self.inputs.C[:, 0]
+
+    @cached_property
+    def A_bar(self) -> Tensor:
+        return torch.exp(self.delta[..., None] * self.stages.A)
+
+    @cached_property
+    def B_bar(self) -> Tensor:
+        return self.delta[..., None] * self.B[:, None].float()
+
+    @cached_property
+    def state(self) -> Tensor:
+        return self.A_bar * self.stages.past.state + self.B_bar * self.x[..., None].float()
+
+    @cached_property
+    def y(self) -> Tensor:
+        return read(self.state, self.C).to(self.x.dtype)
+
+    @cached_property
+    def ssm_out(self) -> Tensor:
+        return self.y + self.stages.D * self.x
+
+    @cached_property
+    def gated(self) -> Tensor:
+        return self.ssm_out * F.silu(self.gate)
+
+    @cached_property
+    def mixer_out(self) -> Tensor:
+        return self.stages.out(self.gated)
+
+    @cached_property
+    def resid_post(self) -> Tensor:
+        return self.resid_pre + self.mixer_out
 
 
-class _WriteFirst:
-    """A torch forward hook on a hook point that changes position 0 of some rows in place.
+def read(state: Float[Tensor, "rows d_inner d_state"], C: Float[Tensor, "rows d_state"]) -> Tensor:
+    """What C reads from the state."""
+    return (state @ C[..., None].float())[..., 0]
 
-    Hook functions would get a copy of the tensor, most of which stays as it is.
+
+class _Fork(NamedTuple):
+    """Rows that part from the base in a layer.
+
+    gated: [rows, pos, d_inner], of the positions that the layer is computed at.
+    resid_pre: [rows, d_model] at position 0, where it is no longer the base's.
     """
 
-    def __init__(self, sweep: Sweep, changes: Changes, first_row: int) -> None:
+    cells: list[int]
+    gated: Tensor
+    resid_pre: Tensor | None = None
+
+
+class _Pile:
+    """Rows of several groups of changes that have come to the same stage, one below the other."""
+
+    def __init__(self, n: int, cells: Sequence[int] = (), tensor: Tensor | None = None) -> None:
+        self.n = n
+        self.cells = list(cells)
+        self.tensor = tensor
+
+    @property
+    def tiles(self) -> int:
+        return len(self.cells)
+
+    def __bool__(self) -> bool:
+        return bool(self.cells)
+
+    def add(self, cells: Sequence[int], tensor: Tensor) -> None:
+        before = self.tensor if self.cells else None
+        self.tensor = tensor if before is None else torch.cat([before, tensor.to(before)])
+        self.cells += cells
+
+    def map(self, stage: Callable[[Tensor], Tensor]) -> None:
+        """Bring all rows to the next stage."""
+        if self.tensor is not None and self.cells:
+            self.tensor = stage(self.tensor)
+
+
+class _Layer:
+    """One layer of a pass: where its changes part from the base, and what all rows make of it.
+
+    keep: the positions after which the residual stream is wanted; None means all.
+    """
+
+    def __init__(self, sweep: Sweep, stages: Stages, groups: Sequence[Changes], keep: list[int] | None) -> None:
         self.sweep = sweep
-        self.changes = changes
-        self.first_row = first_row
+        self.stages = stages
+        self.groups = groups
+        self.keep = keep
+        self.at = _index(keep, stages.past.state.device)
+        self.site_is_kept = keep is None or keep[0] == 0
 
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], tensor: Tensor) -> None:
-        now = _tiles(tensor, self.first_row, self.changes)
-        now.copy_(_changed(self.sweep, self.changes, now))
+    def run(self, rows: _Rows) -> Tensor | None:
+        """Bring the rows behind the layer; with `keep`, [tiles, n, n_keep, d_model] of `rows.cells` comes back."""
+        hidden = rows.used
+        stages = self.stages
+        resid = hidden.flatten(0, 1)
+        mixer_in = stages.normed(resid)
+        if self.keep is None:
+            in_x, gate = stages.projected(mixer_in)
+        else:
+            in_x, gate = stages.projected_where_read(mixer_in, self.at)
+        conv = stages.conv(in_x)
+        n = stages.n
+        inputs = stages.scan_inputs(stages.mixer.act(conv))
+        base = _Base(stages, resid[:n], mixer_in[:n], in_x[:n], conv[:n], gate[:n])
+        base.inputs = inputs.map(lambda tensor: tensor[:n])
+        forks = [fork for fork in (self._before_conv(rows, base), self._up_to_state(base)) if fork.cells]
+        local = self._after_state(base)
+        gated = self._gated(inputs, stages.past_state(len(hidden)), gate)
+        if self.keep is None:
+            self._grow(rows, hidden, gated, forks)
+            rows.first_cells, rows.first = local.cells, rows.first[:0] if local.tensor is None else local.tensor
+            return None
+        return self._last(rows, hidden, gated, forks, local)
 
+    def _grow(self, rows: _Rows, hidden: Tensor, gated: Tensor, forks: Sequence[_Fork]) -> None:
+        for fork in forks:
+            tiles = rows.added(fork.cells)
+            if fork.resid_pre is not None:
+                tiles[:, :, 0] = fork.resid_pre.reshape(tiles[:, :, 0].shape)
+            tiles += self.stages.out(fork.gated).view_as(tiles)
+        hidden += self.stages.out(gated).view_as(hidden)
 
-class _ChangeState:
-    """A hook function on the state at position 0 for interventions that need the value there."""
+    def _last(
+        self, rows: _Rows, hidden: Tensor, gated: Tensor, forks: Sequence[_Fork], local: _Pile
+    ) -> Float[Tensor, "tiles n n_keep d_model"]:
+        before = hidden[:, :, self.at]
+        out = self.stages.out(gated)
+        parts = [before + out.view_as(before)]
+        for fork in forks:
+            tiles = before[0].repeat(len(fork.cells), 1, 1, 1)
+            if fork.resid_pre is not None and self.site_is_kept:
+                tiles[:, :, 0] = fork.resid_pre.reshape(tiles[:, :, 0].shape)
+            parts.append(tiles + self.stages.out(fork.gated).view_as(tiles))
+            rows.cells += fork.cells
+        if local:
+            tiles = parts[0][0].repeat(local.tiles, 1, 1, 1)
+            tiles[:, :, 0] = local.tensor.reshape(tiles[:, :, 0].shape)  # type: ignore[union-attr]
+            parts.append(tiles)
+            rows.cells += local.cells
+        return torch.cat(parts)
 
-    def __init__(self, sweep: Sweep, changes: Changes, first_row: int) -> None:
-        self.sweep = sweep
-        self.changes = changes
-        self.first_row = first_row
+    def _gated(self, inputs: ScanInputs, state: Tensor, gate: Tensor) -> Tensor:
+        """What goes into out_proj, at the positions that are kept."""
+        if self.keep is None:
+            return self.stages.scan(inputs, state, gate)[0]
+        return self._gate(self.stages.scan(inputs, state, None)[0], gate)
 
-    def __call__(self, state: Float[Tensor, "batch d_inner d_state"], hook: HookPoint) -> Tensor:
-        state = state.clone()
-        now = _tiles(state[:, None], self.first_row, self.changes)
-        now.copy_(_changed(self.sweep, self.changes, now))
-        return state
+    def _gate(self, ssm_out: Tensor, gate: Tensor) -> Tensor:
+        return ssm_out[:, self.at] * F.silu(gate)
 
+    def _of(self, *shorts: str) -> list[Changes]:
+        return [group for group in self.groups if group.spec.short in shorts]
 
-def _tiles(tensor: Tensor, first_row: int, changes: Changes) -> Float[Tensor, "cells n *features"]:
-    """Position 0 of the rows of some changes, a view."""
-    return tensor[first_row : first_row + changes.n_rows, 0].unflatten(0, (len(changes.cells), -1))
+    def _changed(self, pile: _Pile, base: _Base, *shorts: str) -> None:
+        """Add the rows that are changed at some hooks of one stage."""
+        for group in self._of(*shorts):
+            pile.add(group.cells, group.applied(self.sweep, base.value(group.spec.short)))
 
+    def _before_conv(self, rows: _Rows, base: _Base) -> _Fork:
+        """Changes that the conv carries on: what the previous layer changed at the site alone is one of them."""
+        stages = self.stages
+        pile = _Pile(stages.n, rows.first_cells, rows.first)
+        self._changed(pile, base, "resid_pre")
+        resid, n_resid = pile.tensor, pile.tiles
+        pile.map(stages.normed)
+        self._changed(pile, base, "mixer_in")
+        n_gates = pile.tiles
+        gates: list[Tensor] = []
 
-def _changed(sweep: Sweep, changes: Changes, now: Float[Tensor, "cells n *features"]) -> Tensor:
-    source = changes.source.expand_as(now)
-    new = sweep.new_value(now.flatten(0, 1), source.flatten(0, 1)).unflatten(0, now.shape[:2])
-    mask = _masks(sweep, changes, now.device)
-    return new if mask is None else torch.where(mask, new, now)
+        def project(mixer_in: Tensor) -> Tensor:
+            in_x, gate = stages.projected(mixer_in)
+            gates.append(gate)
+            return in_x
 
+        pile.map(project)
+        self._changed(pile, base, "in_x")
+        if not pile:
+            return _Fork([], base.gate)
+        assert pile.tensor is not None
+        assert resid is not None
+        length = base.all_in_x.shape[1]
+        reach = min(len(stages.taps), length)
+        in_x = torch.cat([pile.tensor[:, None], _tiled(base.all_in_x[:, 1:reach], pile.tiles)], 1)
+        early = stages.scan_inputs(stages.mixer.act(stages.conv(in_x)))
+        late = base.inputs.at(slice(reach, None)).map(lambda tensor: _tiled(tensor, pile.tiles))
+        gate = base.all_gate.repeat(pile.tiles, 1, 1)
+        if self.site_is_kept and n_gates:
+            gate[: n_gates * stages.n, 0] = gates[0]
+        first = torch.cat([resid, _tiled(base.resid_pre, pile.tiles - n_resid)]) if n_resid < pile.tiles else resid
+        return _Fork(
+            pile.cells, self._gated(ScanInputs.cat([early, late], 1), stages.past_state(pile.tiles), gate), first
+        )
 
-def _masks(sweep: Sweep, changes: Changes, device: torch.device) -> Tensor | None:
-    """[cells, 1, *features]: what each cell changes; None if all change everything."""
-    selections = [sweep.selections[i] for i in changes.selections]
-    if all(selection.is_everything for selection in selections):
-        return None
-    masks = [selection.mask(changes.spec, device) for selection in selections]
-    return torch.stack(torch.broadcast_tensors(*masks))[:, None]
+    def _up_to_state(self, base: _Base) -> _Fork:
+        """Changes of what goes into the scan at the site, or of the state there: they go on through the state alone."""
+        stages = self.stages
+        conv = _Pile(stages.n)
+        for group in self._of("conv_taps"):
+            conv.add(group.cells, stages.conv_of_taps(group.applied(self.sweep, base.conv_taps)))
+        self._changed(conv, base, "conv")
+        conv.map(stages.mixer.act)
+        self._changed(conv, base, "x")
+        steps: list[ScanInputs] = []
+        cells = conv.cells
+        if conv.tensor is not None:
+            raw = stages.scan_inputs(conv.tensor[:, None])
+            steps.append(raw._replace(delta=stages.delta(raw.delta), raw=False))
+        here = ScanInputs(base.x[:, None], base.delta[:, None], base.B[:, None], base.C[:, None], raw=False)
+        for group in self._of("delta", "B"):
+            new = group.applied(self.sweep, base.value(group.spec.short))[:, None]
+            others = _tiled_inputs(here, len(group.cells))
+            steps.append(others._replace(delta=new) if group.spec.short == "delta" else others._replace(B=new))
+            cells = cells + list(group.cells)
+        states, outs = [], []
+        gate = base.gate if self.keep is None else None
+        if steps:
+            step = ScanInputs.cat(steps, 0)
+            tiled_gate = None if gate is None else _tiled(gate[:, None], len(cells))
+            out, state = stages.scan(step, stages.past_state(len(cells)), tiled_gate)
+            states.append(state)
+            outs.append(out)
+        changed = self._states(base)
+        if changed.tensor is not None:
+            tiles = changed.tiles
+            y = read(changed.tensor, _tiled(base.C, tiles)).to(base.x.dtype)
+            out = y + stages.D * _tiled(base.x, tiles)
+            states.append(changed.tensor)
+            outs.append((out if gate is None else out * F.silu(_tiled(gate, tiles)))[:, None].to(base.x.dtype))
+            cells = cells + changed.cells
+        if not cells:
+            return _Fork([], base.gate)
+        first = torch.cat(outs)
+        if base.all_in_x.shape[1] > 1:
+            later = _tiled_inputs(base.inputs.at(slice(1, None)), len(cells))
+            rest = None if gate is None else _tiled(base.all_gate[:, 1:], len(cells))
+            first = torch.cat([first, stages.scan(later, torch.cat(states), rest)[0]], 1)
+        return _Fork(cells, first if gate is not None else self._gate(first, _tiled(base.all_gate, len(cells))))
 
+    def _states(self, base: _Base) -> _Pile:
+        """The states at the sites where they, or what makes them from those before, are changed."""
+        pile = _Pile(self.stages.n)
+        past, inflow = self.stages.past.state, base.x[..., None].float()
+        for group in self._of(*OF_STATE):
+            new = group.applied(self.sweep, base.value(group.spec.short))
+            tiles = len(group.cells)
+            if group.spec.short == "A_bar":
+                new = new * _tiled(past, tiles) + _tiled(base.B_bar * inflow, tiles)
+            elif group.spec.short == "B_bar":
+                new = _tiled(base.A_bar * past, tiles) + new * _tiled(inflow, tiles)
+            pile.add(group.cells, new)
+        return pile
 
-def _state_hook(sweep: Sweep, changes: Changes, first_row: int, n_rows: int) -> AffineStateHook | _ChangeState:
-    """The hook function that changes the state at position 0: h ← keep ⊙ h + add, where one can say it so."""
-    if callable(sweep.intervention):
-        return _ChangeState(sweep, changes, first_row)
-    source = changes.source
-    n, d_inner, d_state = source.shape
-    rows = slice(first_row, first_row + changes.n_rows)
-    add = source.new_zeros(n_rows, d_inner, d_state)
-    mask = _masks(sweep, changes, source.device)
-    keep = source.new_ones(n_rows, *((1, 1) if mask is None else (d_inner, d_state)))
-    if mask is None:
-        keep[rows] = 0.0
-    else:
-        keep[rows].unflatten(0, (-1, n)).copy_((~mask).expand(-1, n, d_inner, d_state))
-    if sweep.intervention != "zero":
-        add[rows].unflatten(0, (-1, n)).copy_(source if mask is None else mask * source)
-    return AffineStateHook(keep, add)
-
-
-@contextmanager
-def _attached(sweep: Sweep, layer: int, groups: Sequence[Changes], first_row: int, n_rows: int) -> Iterator[None]:
-    """A context in which the changes act on their rows, which follow each other from `first_row` on."""
-    handles: list[Any] = []
-    functions: list[tuple[HookPoint, Registered]] = []
-    try:
-        for changes in groups:
-            point = sweep.point(changes.spec, layer)
-            if changes.spec.short == "state":
-                functions.append((point, Registered(_state_hook(sweep, changes, first_row, n_rows), [0])))
-                point.functions.append(functions[-1][1])
-            else:
-                handles.append(point.register_forward_hook(_WriteFirst(sweep, changes, first_row)))
-            first_row += changes.n_rows
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for point, registered in functions:
-            point.functions = [kept for kept in point.functions if kept is not registered]
+    def _after_state(self, base: _Base) -> _Pile:
+        """Changes that stay at the site in this layer: the residual stream there."""
+        pile = _Pile(self.stages.n)
+        if not self.site_is_kept:
+            return pile
+        for group in self._of("C"):
+            C = group.applied(self.sweep, base.C)
+            pile.add(group.cells, read(_tiled(base.state, len(group.cells)), C).to(base.x.dtype))
+        self._changed(pile, base, "y")
+        pile.map(lambda y: y + self.stages.D * _tiled(base.x, pile.tiles))
+        self._changed(pile, base, "ssm_out")
+        pile.map(lambda ssm_out: ssm_out * F.silu(_tiled(base.gate, pile.tiles)))
+        for group in self._of("gate"):
+            gate = group.applied(self.sweep, base.gate)
+            pile.add(group.cells, _tiled(base.ssm_out, len(group.cells)) * F.silu(gate))
+        self._changed(pile, base, "gated")
+        pile.map(self.stages.out)
+        self._changed(pile, base, "mixer_out")
+        pile.map(lambda mixer_out: _tiled(base.resid_pre, pile.tiles) + mixer_out)
+        self._changed(pile, base, "resid_post")
+        return pile
 
 
 def run_rows(
@@ -185,59 +407,41 @@ def run_rows(
     tokens: Int[Tensor, "n suffix"],
     pasts: Sequence[Past],
     changes: Mapping[int, Sequence[Changes]],
-    idle_tokens: float,
-) -> tuple[list[int], Float[Tensor, "cells n suffix d_model"]]:
-    """The numbers of the cells in the order of their rows, and the residual stream after the last layer.
+    keep: list[int],
+) -> tuple[list[int], Float[Tensor, "cells n n_keep d_model"]]:
+    """The residual stream of cells after the last layer at the positions `keep`, ascending, and the cells' numbers.
 
-    tokens: of the base run from each site on. pasts: of every layer. changes: by layer. idle_tokens: how many tokens a
-    layer could take in the time that it costs to call it at all.
+    Cells that cannot matter there are left out: those whose change stays at their site in the last layer.
+
+    tokens: of the base run from each site on. pasts: of every layer. changes: by layer.
     """
-    n, suffix = tokens.shape
-    hidden = sweep.model.lm.get_input_embeddings()(tokens)
-    cells: list[int] = []
-    for layer in range(sweep.model.cfg.n_layers):
-        base, past = hidden[:n], pasts[layer]
-        together, apart, brief = _routes(sweep, changes.get(layer, ()), suffix, idle_tokens)
-        after = [_run_block(sweep, layer, _copies(base, own), past, own) for own in apart if own]
-        hidden = _run_block(sweep, layer, torch.cat([hidden, _copies(base, together)]), past, together, len(hidden))
-        if brief:
-            one = _run_block(sweep, layer, _copies(base[:, :1], brief), past, brief)
-            after.append(_copies(hidden[:n], brief))
-            after[-1][:, :1] = one
-        hidden = torch.cat([hidden, *after]) if after else hidden
-        cells += [cell for own in (together, *apart, brief) for group in own for cell in group.cells]
-    return cells, hidden[n:].unflatten(0, (-1, n))
+    model = sweep.model
+    embedded = model.lm.get_input_embeddings()(tokens)
+    if model.lm.config.residual_in_fp32:
+        embedded = embedded.float()
+    rows = _Rows(embedded, 1 + sum(len(group.cells) for groups in changes.values() for group in groups))
+    for layer, past in enumerate(pasts):
+        rows.hidden, rows.first = (tensor.to(past.state.device) for tensor in (rows.hidden, rows.first))
+        last = layer == len(pasts) - 1
+        groups = changes.get(layer, ())
+        hidden = _Layer(sweep, Stages(model.blocks[layer], past), groups, keep if last else None).run(rows)
+        if hidden is not None:
+            return rows.cells, hidden[1:]
+    raise AssertionError("a model has at least one layer")
 
 
-def _routes(
-    sweep: Sweep, groups: Sequence[Changes], suffix: int, idle_tokens: float
-) -> tuple[list[Changes], list[list[Changes]], list[Changes]]:
-    """Changes that run with all other rows, those that run by themselves, and those that need one position only."""
-    apart = [[group for group in groups if group.spec.short in shorts] for shorts in APART]
-    # On the CPU an edit slows the scan of every row that runs with it; few rows are not worth a call of their own.
-    states = [group for group in groups if group.spec.short == "state"]
-    many = sum(group.n_rows for group in states) * suffix > 4 * idle_tokens
-    if callable(sweep.intervention) or (many and sweep.model.device.type == "cpu"):
-        apart.append(states)
-    brief = [group for group in groups if group.spec.short in LOCAL]
-    if sum(group.n_rows for group in brief) * (suffix - 1) <= idle_tokens:
-        brief = []
-    elsewhere = {group.spec.short for own in (*apart, brief) for group in own}
-    return [group for group in groups if group.spec.short not in elsewhere], apart, brief
+def _index(keep: list[int] | None, device: torch.device) -> slice | Tensor:
+    """What picks the positions: a view, if they follow each other."""
+    if keep is None:
+        return slice(None)
+    if keep[-1] - keep[0] + 1 == len(keep):
+        return slice(keep[0], keep[-1] + 1)
+    return torch.tensor(keep, device=device)
 
 
-def _copies(base: Float[Tensor, "n suffix d_model"], groups: Sequence[Changes]) -> Float[Tensor, "rows suffix d_model"]:
-    """A tile of base rows for every cell."""
-    return base.repeat(sum(len(group.cells) for group in groups), 1, 1)
+def _tiled(tensor: Float[Tensor, "n *features"], tiles: int) -> Float[Tensor, "rows *features"]:
+    return tensor.expand(tiles, *tensor.shape).flatten(0, 1)
 
 
-def _run_block(
-    sweep: Sweep,
-    layer: int,
-    hidden: Float[Tensor, "rows suffix d_model"],
-    past: Past,
-    groups: Sequence[Changes],
-    first_row: int = 0,
-) -> Float[Tensor, "rows suffix d_model"]:
-    with _attached(sweep, layer, groups, first_row, len(hidden)):
-        return sweep.model.blocks[layer](hidden, cache_params=ResumeCache(past, len(hidden) // len(past.state)))
+def _tiled_inputs(inputs: ScanInputs, tiles: int) -> ScanInputs:
+    return inputs.map(lambda tensor: _tiled(tensor, tiles))

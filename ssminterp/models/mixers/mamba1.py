@@ -137,7 +137,7 @@ class HookedMambaMixer(nn.Module):
     def _conv_by_taps(self, inputs: Float[Tensor, "batch d_inner time"], length: int) -> Tensor:
         """The conv with its terms shown: tap j of position t is the term of in_x at t - (d_conv - 1 - j)."""
         windows = F.pad(inputs, (self.d_conv - 1, 0)).unfold(-1, self.d_conv, 1)[:, :, -length:]
-        with _weights_at_hand(self.conv1d):
+        with weights_at_hand(self.conv1d):
             taps = windows.transpose(1, 2) * self.conv1d.weight[:, 0]
             conv = self.hook_conv_taps(taps).sum(-1)
             return conv if self.conv1d.bias is None else conv + self.conv1d.bias
@@ -197,7 +197,7 @@ class HookedMambaMixer(nn.Module):
 
 
 @contextmanager
-def _weights_at_hand(module: nn.Module) -> Iterator[None]:
+def weights_at_hand(module: nn.Module) -> Iterator[None]:
     """Brings back weights that accelerate keeps elsewhere until a module is called, for use without calling it."""
     accelerate_hook: Any = getattr(module, "_hf_hook", None)
     if accelerate_hook is None:
