@@ -34,6 +34,7 @@ HERE = Path(__file__).parent
 PAGES = (
     ("prompt", "Prompt", ":material/chat:", ("model", "prompt")),
     ("state", "State", ":material/memory:", ("model", "prompt")),
+    ("patch", "Patch", ":material/grid_on:", ("model",)),
     ("memory", "Memory", ":material/hourglass_top:", ("model",)),
     ("learn", "Learn", ":material/school:", ()),
 )

@@ -22,7 +22,7 @@ DEFAULT_PROMPT = "Then, Shelby and Emma had fun at the school. Shelby gave an ap
 STYLE = """<style>
 .stMainBlockContainer { max-width: 1360px; padding-left: 2.2rem; padding-right: 2.2rem }
 .st-key-title h1 { padding: 0 0 .2rem 0; line-height: 1.15 }
-.st-key-title [data-testid="stCaptionContainer"] { font-size: .95rem }
+.st-key-title [data-testid="stCaptionContainer"] { font-size: .95rem; margin-top: .5rem }
 .st-key-masthead { border-bottom: 1px solid color-mix(in srgb, currentColor 18%, transparent); padding-bottom: .7rem }
 [data-testid="stPlotlyChart"] { border-radius: .4rem }
 :focus-visible { outline: 2px solid var(--primary-color, #0b6e66); outline-offset: 2px }
@@ -71,8 +71,9 @@ def _choose_model() -> bool:
             "Model",
             names if chosen in names else [*names, chosen],
             key="model",
+            format_func=models.label,
             accept_new_options=True,
-            help="Bundled and cached models. Type owner/model for another one on the Hugging Face hub.",
+            help="Type owner/model for any other Mamba on the Hugging Face hub.",
         )
         st.segmented_control("Precision", list(models.DTYPES), key="dtype", required=True)
         st.text_input("Revision", key="revision", placeholder="a branch, tag or commit of the hub")

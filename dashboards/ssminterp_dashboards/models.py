@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import re
 import threading
@@ -16,12 +15,10 @@ from typing import NamedTuple
 
 import streamlit as st
 import torch
-from huggingface_hub import scan_cache_dir
-from huggingface_hub.errors import CacheNotFound
 
 from ssminterp import HookedMamba
 from ssminterp.checkpoints import BUNDLED
-from ssminterp.models.mixers import MIXERS
+from ssminterp.models.catalogue import Listed, available_models
 from ssminterp_dashboards.launch import MODEL_VARIABLE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -130,32 +127,26 @@ def started_with() -> str | None:
 
 
 @st.cache_data(ttl=60, show_spinner=False)
-def cached_hub_models() -> list[str]:
-    """Names of the supported checkpoints in Hugging Face's cache on this machine."""
-    try:
-        repos = scan_cache_dir().repos
-    except CacheNotFound:
-        return []
-    return sorted(repo.repo_id for repo in repos if repo.repo_type == "model" and _is_supported(repo.repo_path))
-
-
-def _is_supported(folder: Path) -> bool:
-    for config in folder.glob("snapshots/*/config.json"):
-        try:
-            architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
-        except (OSError, ValueError):
-            continue
-        if any(name in MIXERS for name in architectures):
-            return True
-    return False
+def listed() -> dict[str, Listed]:
+    """The checkpoints that there are, by name: bundled, cached on this machine, and known on the hub."""
+    return {one.name: one for one in available_models()}
 
 
 def choices() -> list[str]:
-    """The models to offer: the one the app was started with, bundled ones, cached ones."""
+    """The models to offer: the one the app was started with, then all that are listed."""
     first = started_with()
-    return list(dict.fromkeys([*([first] if first else []), *BUNDLED, *cached_hub_models()]))
+    return list(dict.fromkeys([*([first] if first else []), *listed()]))
+
+
+def label(name: str) -> str:
+    """A model's name, its size, and whether it must be fetched first."""
+    one = listed().get(name)
+    if one is None:
+        return name
+    size = "" if one.parameters is None else f" · {one.parameters / 1e6:,.3g} M parameters"
+    return f"{name}{size}{' · on the hub' if one.place == 'hub' else ''}"
 
 
 def needs_download(name: str) -> bool:
     """Whether opening this model would fetch it from the network."""
-    return name not in choices()
+    return name != started_with() and (name not in listed() or listed()[name].place == "hub")

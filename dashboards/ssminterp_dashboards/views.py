@@ -34,15 +34,22 @@ def show(
     snippet: str | None = None,
     note: str = "",
     on_click: Callable[[int, int], None] | None = None,
+    in_panel: bool = False,
+    take: bool = True,
 ) -> None:
     """A figure with its title, where its numbers come from, the snippet that makes it, and downloads.
 
     key: unique over the page; names the files. loaded: None where no model is shown. data: the numbers of the figure.
     note: markdown, by the page.
-    on_click: called with row and column of a cell, for figures of `plots.clickable`; then the whole page runs again.
+    on_click: called with row and column of a cell, for figures of `plots.clickable`; then the whole page runs again,
+        or, with `in_panel`, only the panel that the figure is in.
+    take: whether the figure can be taken along; not while it is still changing.
     """
     title, subtitle = title_and_subtitle(figure)
-    shown = without_markup(go.Figure(figure)).update_layout(title=None, margin={"t": 16, "l": 10, "r": 10}, width=None)
+    shown = without_markup(go.Figure(figure))
+    # Without its title, which the page shows, and as wide as the page: axes make the room that they need.
+    shown.update_layout(title=None, width=None, height=_height(figure), margin={"t": 12, "l": 10, "r": 10, "b": 10})
+    shown.update_xaxes(automargin=True).update_yaxes(automargin=True)
     shown.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
     if is_dark():
         shown = in_dark(shown)
@@ -60,17 +67,25 @@ def show(
             config=CONFIG,
             alt=f"{title}. {subtitle}",
             selection_mode="points",
-            on_select=lambda: _clicked(key, on_click),
+            on_select=lambda: _clicked(key, on_click, in_panel),
         )
-    take_along(key, figure, data, snippet)
+    if take:
+        take_along(key, figure, data, snippet)
 
 
-def _clicked(key: str, on_click: Callable[[int, int], None]) -> None:
+def _height(figure: go.Figure) -> int:
+    """The figure's height without the margins that it had for a title and for labels."""
+    height, margin = figure.layout.height or 450, figure.layout.margin
+    return max(240, int(height - (margin.t or 0) / 2 - (margin.b or 0) / 3))
+
+
+def _clicked(key: str, on_click: Callable[[int, int], None], in_panel: bool) -> None:
     points = st.session_state[key]["selection"]["points"]
     if points:
         row, column = points[0]["customdata"][:2]
         on_click(int(row), int(column))
-        rerun_whole_page()
+        if not in_panel:
+            rerun_whole_page()
 
 
 def take_along(key: str, figure: go.Figure | None, data: Data | None, snippet: str | None) -> None:

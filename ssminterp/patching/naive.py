@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -59,6 +60,20 @@ class NaiveEngine:
                     values[name][m, k] = value
                 advance(1)
         return values
+
+    def logits(self, layer: int) -> Float[Tensor, "batch pos vocab"]:
+        """The logits of the changed run for the sweep's first hook, column and selection."""
+        sweep = self.sweep
+        point = sweep.point(sweep.specs[0], layer)
+        source = _source_values(sweep, point)[0]
+        hooks = _hooks(sweep, sweep.specs[0], point, sweep.columns[0], sweep.selections[0], source)
+        return sweep.model.run_with_hooks(sweep.base, hooks)
+
+    def values(self, layer: int) -> tuple[Float[Tensor, "batch *features"], Float[Tensor, "batch *features"]]:
+        """What stands at the sweep's first hook and column in the base and in the source run."""
+        point = self.sweep.point(self.sweep.specs[0], layer)
+        base = replace(self.sweep, source=self.sweep.base, intervention="patch")
+        return _source_values(base, point)[0], _source_values(self.sweep, point)[0]
 
     def _measure(self, logits: Float[Tensor, "batch pos vocab"]) -> dict[str, Float[Tensor, " batch"]]:
         batch = self.sweep.batch

@@ -78,7 +78,8 @@ class Sweep:
     def intervention_name(self) -> str:
         if not callable(self.intervention):
             return self.intervention
-        return getattr(self.intervention, "__qualname__", type(self.intervention).__name__)
+        named = getattr(self.intervention, "name", None) or getattr(self.intervention, "__qualname__", None)
+        return str(named or type(self.intervention).__name__)
 
 
 def sweep_tokens(model: HookedMamba, clean: Input, corrupted: Input) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from ssminterp.plots.cartridges import answer_bars, recall_lines, state_distance
 from ssminterp.plots.cells import clickable
 from ssminterp.plots.contributions import contribution_heatmap, strongest_part
 from ssminterp.plots.conv import conv_heatmap, tap_heatmap
+from ssminterp.plots.drilldown import changed_tokens_figure, channel_map, parts_bars
 from ssminterp.plots.flow import flow_figure
 from ssminterp.plots.knockouts import knockout_curves
 from ssminterp.plots.learn import forgetting_figure, held_at_the_end, state_map, state_steps, three_ways
@@ -19,6 +20,8 @@ __all__ = [
     "answer_bars",
     "attribution_bars",
     "attribution_heatmap",
+    "changed_tokens_figure",
+    "channel_map",
     "clickable",
     "compare_curves",
     "contribution_heatmap",
@@ -32,6 +35,7 @@ __all__ = [
     "lens_heatmap",
     "norm_curve",
     "norm_heatmap",
+    "parts_bars",
     "patching_heatmap",
     "prediction_bars",
     "recall_lines",

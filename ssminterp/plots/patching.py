@@ -13,7 +13,8 @@ from ssminterp.plots.theme import DIVERGING, themed
 def patching_heatmap(sweep: DataArray, title: str | None = None) -> go.Figure:
     """How far patching each layer and position moves the metric from the changed run (0) to the source run (1).
 
-    sweep: one hook of a `patch_sweep`, dims (layer, position); its attributes name metric, baselines and model.
+    sweep: one hook of a `patch_sweep`, dims (layer, position); its attributes name metric, baselines and model. Cells
+        that are NaN, as those of a sweep that was stopped, stay empty.
 
     Raises ValueError if the array has other dims or its two baselines are equal.
     """
@@ -25,7 +26,7 @@ def patching_heatmap(sweep: DataArray, title: str | None = None) -> go.Figure:
     values = sweep.transpose("layer", "position").values
     changed, source = changed_and_source(sweep)
     moved = (values - sweep.attrs[changed]) / (sweep.attrs[source] - sweep.attrs[changed])
-    limit = max(float(np.abs(moved).max()), 1e-6)
+    limit = max(float(np.nanmax(np.abs(moved), initial=0.0)), 1e-6)
     metric = str(sweep.name)
     columns = list(range(moved.shape[1]))
     figure = go.Figure(

@@ -18,8 +18,7 @@ def open_page(name: str, timeout: float = 60, **query: str) -> AppTest:
     app.query_params.update(query)
     if name != "prompt":
         app.run().switch_page(f"screens/{name}.py")
-    app.query_params.clear()
-    app.query_params.update(query)
+        app.query_params.update(query)
     return app.run()
 
 
@@ -45,3 +44,12 @@ def run_snippets(app: AppTest) -> int:
         exec(code.value, names)
         assert isinstance(names["figure"], go.Figure)
     return len(app.code)
+
+
+def finish(app: AppTest, seconds: float = 60) -> AppTest:
+    """The app once the job that it has started is over, as its polling would show it."""
+    job = app.session_state.get("patch_job", None)
+    if job is not None:
+        assert job.wait(seconds), "the job is not over in time"
+        app.run()
+    return app
