@@ -8,10 +8,12 @@ import pytest
 README = Path(__file__).parent.parent.parent / "README.md"
 
 
-def test_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) >= 4
     exec(compile("\n".join(blocks), str(README), "exec"), {"__name__": "readme"})
     printed = capsys.readouterr().out
     assert "['Emma']" in printed
     assert "moved" in printed
+    assert "the last token of 2 texts: [2, 192]" in printed
