@@ -163,6 +163,7 @@ def _combine(decays: Tensor, locals_: Tensor, start: Tensor | None, backward: bo
         *(decays, locals_, strided(start), n_chunks, d_state, whole),
         BACKWARD=backward,
         BLOCK=block,
+        AHEAD=8,
         num_warps=4,
     )
 
