@@ -14,6 +14,7 @@ from ssminterp.interventions.selection import Roles, Selection
 from ssminterp.models import FwdHook, HookedMamba, HookPoint
 from ssminterp.models.hook_names import NamesFilter
 from ssminterp.models.mixers.state_scan import AffineStateHook
+from ssminterp.models.timeline import Window
 from ssminterp.shapes import broadcasts
 
 # Builds the edit of one hook point; gets the selection with its roles resolved. Raises ValueError if it cannot fit.
@@ -45,26 +46,66 @@ class HookEdit:
             if point.spec.short == "state":
                 hooks += _state_hooks(point, where, features, edit)
             else:
-                hooks.append((name, _tensor_hook(where, features, edit)))
+                hooks.append((name, TensorEdit(where, features, edit)))
         return hooks
 
 
-def _tensor_hook(where: Selection, features: Bool[Tensor, "..."] | None, edit: Edit) -> StateFunction:
-    def function(tensor: Tensor, hook: HookPoint) -> Tensor:
-        at = where.index(tensor, hook)
+@dataclass(frozen=True, eq=False)
+class TensorEdit:
+    """A hook function that changes the selected part of a tensor [batch, pos, …]."""
+
+    where: Selection
+    features: Bool[Tensor, "..."] | None
+    edit: Edit
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor:
+        at = self.where.index(tensor, hook)
         old = tensor[at]
-        _check_values(edit, old, hook, one_position=isinstance(where.positions, int))
-        new = _only(edit(old), old, features, where.batch_mask(len(tensor)))
+        _check_values(self.edit, tuple(old.shape), hook, one_position=isinstance(self.where.positions, int))
+        new = _only(self.edit(old), old, self.features, self.where.batch_mask(len(tensor)))
         return tensor.index_put(at, new)
 
-    return function
+    def within(self, window: Window) -> StateFunction | None:
+        """The same where only a window of the text is run; None if nothing selected lies there."""
+        positions = self.where.positions
+        assert not isinstance(positions, str)
+        batch = len(positions) if isinstance(positions, Tensor) else 1
+        touched = len(self.where.within(window, batch)[0]) > 0
+        return (lambda tensor, hook: self._in_window(window, tensor, hook)) if touched else None
+
+    def _in_window(self, window: Window, tensor: Tensor, hook: HookPoint) -> Tensor:
+        rows, columns, local = (index.to(tensor.device) for index in self.where.within(window, len(tensor)))
+        n_columns = self._n_columns(window, columns)
+        one_position = isinstance(self.where.positions, int)
+        _check_values(self.edit, (len(tensor), n_columns, *tensor.shape[2:]), hook, one_position)
+        old = tensor[rows, local][:, None]
+        examples = self.where.batch_mask(len(tensor))
+        new = _only(
+            self.edit.pairs(rows, columns)(old),
+            old,
+            self.features,
+            None if examples is None else examples.to(rows.device)[rows],
+        )
+        return tensor.index_put((rows, local), new[:, 0])
+
+    def _n_columns(self, window: Window, columns: Tensor) -> int:
+        """How many positions a value must have, if it has one for each."""
+        positions = self.where.positions
+        if isinstance(positions, Tensor):
+            return positions.shape[1]
+        if positions is not None:
+            assert not isinstance(positions, str)
+            return len(window.timeline.resolve(positions))
+        # Without positions a value goes with the run's text, of which it may hold a part as long as that lasts.
+        longest = max((value.shape[1] for value in self.edit.values() if value.dim() > 1), default=1)
+        return max(longest, int(columns.max()) + 1)
 
 
-def _check_values(edit: Edit, old: Tensor, hook: HookPoint, one_position: bool) -> None:
+def _check_values(edit: Edit, selected: tuple[int, ...], hook: HookPoint, one_position: bool) -> None:
     """Raises ValueError if a value does not broadcast to what it replaces, whose batch only the run knows."""
     for value in edit.values():
-        if not broadcasts(value.shape, old.shape):
-            shapes = [list(shape[:1] + shape[2:] if one_position else shape) for shape in (value.shape, old.shape)]
+        if not broadcasts(value.shape, selected):
+            shapes = [list(shape[:1] + shape[2:] if one_position else shape) for shape in (value.shape, selected)]
             raise ValueError(
                 f"a value of shape {shapes[0]} does not fit {hook.name}, whose tensor there has shape {shapes[1]}"
             )

@@ -1,8 +1,8 @@
 """What an intervention does to the values it has selected.
 
 An edit maps old values to new ones, both [batch, n_positions, …]. `columns(index)` is the edit of one position, on
-[batch, 1, …]; an index [batch] picks another position in each example. `values()` are the tensors in it that must
-broadcast to what is edited.
+[batch, 1, …]; an index [batch] picks another position in each example. `pairs(rows, columns)` is the edit of single
+(example, position) pairs, on [pairs, 1, …]. `values()` are the tensors in it that must broadcast to what is edited.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ class Affine:
     def columns(self, index: int | Tensor) -> Affine:
         return Affine(_column(self.keep, index), _column(self.add, index))
 
+    def pairs(self, rows: Tensor, columns: Tensor) -> Affine:
+        return Affine(_picked(self.keep, rows, columns), _picked(self.add, rows, columns))
+
     def values(self) -> list[Tensor]:
         return [value for value in (self.keep, self.add) if isinstance(value, Tensor)]
 
@@ -56,6 +59,11 @@ class Subspace:
 
     def columns(self, index: int | Tensor) -> Subspace:
         value = _column(self.value, index)
+        assert isinstance(value, Tensor)
+        return Subspace(value, self.basis, self.axis)
+
+    def pairs(self, rows: Tensor, columns: Tensor) -> Subspace:
+        value = _picked(self.value, rows, columns)
         assert isinstance(value, Tensor)
         return Subspace(value, self.basis, self.axis)
 
@@ -90,3 +98,14 @@ def _column(value: Tensor | float, index: int | Tensor) -> Tensor | float:
         return value[:, index : index + 1]
     rows = torch.arange(len(index)) if value.shape[0] > 1 else torch.zeros_like(index)
     return value[rows.to(value.device), index.to(value.device)][:, None]
+
+
+def _picked(value: Tensor | float, rows: Tensor, columns: Tensor) -> Tensor | float:
+    """Single (example, position) pairs of a value [batch or 1, n_positions or 1, …]: [pairs, 1, …]."""
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return value
+    rows, columns = (
+        (index if size > 1 else torch.zeros_like(index)).to(value.device)
+        for index, size in zip((rows, columns), value.shape, strict=False)
+    )
+    return value[rows, columns][:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from jaxtyping import Bool, Int
@@ -13,6 +13,7 @@ from ssminterp.interventions.places import Places, Where, causal_masks, check_be
 from ssminterp.interventions.selection import Indices, Roles, Selection
 from ssminterp.models import FwdHook, HookedMamba, HookPoint
 from ssminterp.models.mixers.state_reads import ForbiddenReads, ReadHookPoint
+from ssminterp.models.timeline import Window
 
 Decay: TypeAlias = Literal["kept", "skipped"]
 
@@ -123,6 +124,20 @@ class _KnockoutHook:
     coordinates: Bool[Tensor, " d_state"] | None
     decay: Decay
     where: Selection
+
+    def within(self, window: Window) -> _KnockoutHook:
+        """The same where positions count from the first token that a state has read, which is no source.
+
+        Raises ValueError where only a later part of what is run is seen, and for positions that the state has read.
+        """
+        if window.begin > window.timeline.start:
+            raise ValueError(
+                "a knockout must see all its sources and targets in one run: pass use_cache=False to generate, and to "
+                "read a chunk as long as the text"
+            )
+        start = window.begin
+        sources, targets = (None if at is None else at.counted_from(start) for at in (self.sources, self.targets))
+        return replace(self, sources=sources, targets=targets)
 
     def __call__(self, y: Tensor, hook: HookPoint) -> Tensor:
         assert isinstance(hook, ReadHookPoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -56,6 +56,13 @@ class Places:
         """How many examples they tell apart: 1 if none."""
         return max((len(p.positions) for p in self.parts if isinstance(p.positions, Tensor)), default=1)
 
+    def counted_from(self, start: int) -> Places:
+        """The same places where counting begins at position `start`; negative ones count from the end as before.
+
+        Raises ValueError for positions before it.
+        """
+        return Places(tuple(replace(part, positions=_counted_from(part.positions, start)) for part in self.parts))
+
     def mask(self, like: Tensor, point: HookPoint) -> Mask:
         """Where they are in a tensor [batch, pos, …] on the CPU. Raises ValueError if they do not fit it."""
         mask = torch.zeros(like.shape[:2], dtype=torch.bool)
@@ -101,6 +108,28 @@ def check_beforehand(sources: Places | None, targets: Places | None, point: Hook
     if known and None not in last:
         # One position more, for targets after the last source.
         causal_masks(sources, targets, max(places.n_examples() for places in given), max(known) + 2, point)
+
+
+def _counted_from(
+    positions: int | tuple[int, ...] | slice | Tensor | str | None, start: int
+) -> int | tuple[int, ...] | slice | Tensor | str | None:
+    def shifted(p: int) -> int:
+        if 0 <= p < start:
+            raise ValueError(f"position {p} lies in what the state has read already: what is run starts at {start}")
+        return p - start if p >= 0 else p
+
+    match positions:
+        case int():
+            return shifted(positions)
+        case tuple():
+            return tuple(map(shifted, positions))
+        case slice():
+            first, last = (p if p is None or p < 0 else max(p - start, 0) for p in (positions.start, positions.stop))
+            return slice(first, last, positions.step)
+        case Tensor():
+            return torch.tensor([[shifted(int(p)) for p in row] for row in positions])
+        case _:
+            return positions
 
 
 def _last(mask: Mask) -> Tensor:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ssminterp.models import HookedMamba, HookPoint
+from ssminterp.models.timeline import Window
 from ssminterp.positions import Positions, listed_positions, resolve_positions
 
 Roles: TypeAlias = Mapping[str, Int[Tensor, " batch"]]
@@ -78,6 +79,30 @@ class Selection:
             assert not isinstance(self.positions, str)
             columns = [list(resolve_positions(slice(None) if self.positions is None else self.positions, length) or ())]
         return rows, torch.tensor(columns, device=tensor.device)
+
+    def within(self, window: Window, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The selected places that lie in a window of the text, as (example, number of the position in the order they
+        are written, position counted from the window's beginning), each [places].
+
+        Raises ValueError for positions that hooks cannot act at, and for a batch of another size.
+        """
+        assert not isinstance(self.positions, str)
+        if isinstance(self.positions, Tensor):
+            if self.positions.shape[0] != batch:
+                named = self.positions.shape[0]
+                raise ValueError(f"positions name {named} examples, but the run holds a batch of {batch}")
+            resolved = torch.tensor([list(window.timeline.resolve(row)) for row in self.positions])
+            rows, columns = ((resolved >= window.begin) & (resolved < window.end)).nonzero(as_tuple=True)
+            return rows, columns, resolved[rows, columns] - window.begin
+        if self.positions is None:
+            # A value's positions are then those of the run's own text.
+            here = [(p - window.timeline.start, p) for p in range(window.begin, window.end)]
+        else:
+            here = window.columns(window.timeline.resolve(self.positions))
+        columns = torch.tensor([[i, p - window.begin] for i, p in here], dtype=torch.long).reshape(-1, 2)
+        rows = torch.arange(batch).repeat_interleave(len(here))
+        columns = columns.repeat(batch, 1)
+        return rows, columns[:, 0], columns[:, 1]
 
     def feature_mask(self, point: HookPoint, model: HookedMamba) -> Bool[Tensor, "..."] | None:
         """Which features are chosen: broadcastable to the hook's axes after pos; None if all are.

@@ -22,6 +22,7 @@ class ActivationCache(Mapping[str, Tensor]):
     Every tensor is [batch, pos, …] where axis 1 holds `positions` in the order they were asked for (all if None).
 
     tokens: the run's input, [batch, pos]. model_name: the model that made it.
+    start: the position of the first of these tokens; not 0 if a state had read others before.
     """
 
     def __init__(
@@ -30,11 +31,13 @@ class ActivationCache(Mapping[str, Tensor]):
         tokens: Int[Tensor, "batch pos"],
         model_name: str,
         positions: Sequence[int] | None = None,
+        start: int = 0,
     ) -> None:
         self._activations = dict(activations)
         self.tokens = tokens
         self.model_name = model_name
         self.positions = None if positions is None else tuple(positions)
+        self.start = start
 
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
         name = _full_name(key)
@@ -75,21 +78,24 @@ class ActivationCache(Mapping[str, Tensor]):
         return torch.stack([self[name] for name in names])
 
     def at(self, positions: Positions) -> ActivationCache:
-        """The cache restricted to token positions (of the run, not of the recorded axis). Raises ValueError if one
+        """The cache restricted to token positions (of the text, not of the recorded axis). Raises ValueError if one
         was not recorded."""
-        wanted = resolve_positions(positions, self.tokens.shape[1])
+        stop = self.start + self.tokens.shape[1]
+        wanted = resolve_positions(positions, stop)
         assert wanted is not None
-        recorded = self.positions if self.positions is not None else tuple(range(self.tokens.shape[1]))
+        recorded = self.positions if self.positions is not None else tuple(range(self.start, stop))
         missing = [p for p in wanted if p not in recorded]
         if missing:
             raise ValueError(f"positions {missing} were not recorded; recorded are {list(recorded)}")
         rows = [recorded.index(p) for p in wanted]
-        return ActivationCache({n: t[:, rows] for n, t in self.items()}, self.tokens, self.model_name, wanted)
+        return ActivationCache(
+            {n: t[:, rows] for n, t in self.items()}, self.tokens, self.model_name, wanted, self.start
+        )
 
     def to(self, device: torch.device | str) -> ActivationCache:
         """The same cache on another device."""
         moved = {name: tensor.to(device) for name, tensor in self.items()}
-        return ActivationCache(moved, self.tokens.to(device), self.model_name, self.positions)
+        return ActivationCache(moved, self.tokens.to(device), self.model_name, self.positions, self.start)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; tokens, positions and the model's name travel with it.
@@ -101,6 +107,7 @@ class ActivationCache(Mapping[str, Tensor]):
         metadata = {
             "model_name": self.model_name,
             "positions": json.dumps(self.positions),
+            "start": str(self.start),
             "names": json.dumps(list(self)),
         }
         try:
@@ -119,7 +126,8 @@ class ActivationCache(Mapping[str, Tensor]):
             raise ValueError(f"{path} cannot be read as an activation cache: {error}") from error
         try:
             names, positions = json.loads(metadata["names"]), json.loads(metadata["positions"])
-            return cls({name: tensors[name] for name in names}, tensors["tokens"], metadata["model_name"], positions)
+            activations, start = {name: tensors[name] for name in names}, int(metadata.get("start", "0"))
+            return cls(activations, tensors["tokens"], metadata["model_name"], positions, start)
         except (KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is a safetensors file, but not one that ActivationCache.save wrote") from error
 

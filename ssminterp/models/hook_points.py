@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ssminterp.models.timeline import Window
 from ssminterp.positions import Positions, resolve_positions
 
 # (tensor, hook point) -> a replacement, or None to leave the tensor as it is
@@ -48,6 +49,9 @@ class HookPoint(nn.Module):
     A hook function gets `(tensor, hook)` and returns a replacement or None. Registered with positions it is called
     once per position, in ascending order, with that position's slice [batch, …]; `hook.position` then says which.
     Functions run in the order of registration; recorders see what the model goes on with.
+
+    window: which part of a longer text is being run, in `generate`, `read` and after a state; positions are those of
+        the whole text then. None: the run is the whole text.
     """
 
     def __init__(self, spec: HookSpec, layer: int | None) -> None:
@@ -58,6 +62,25 @@ class HookPoint(nn.Module):
         self.position: int | None = None
         self.functions: list[Registered] = []
         self.recorders: list[Recorder] = []
+        self.window: Window | None = None
+
+    @property
+    def acting(self) -> list[Registered]:
+        """The functions that act in the present run, with their positions in it.
+
+        A function that knows positions of its own has a method `within(window)`: what it does there, or None.
+        """
+        if self.window is None:
+            return self.functions
+        found = []
+        for function, positions in self.functions if self.window.has_acting else []:
+            if positions is not None:
+                local = self.window.local(positions)
+                found += [Registered(function, local)] if local else []
+            else:
+                here = function.within(self.window) if hasattr(function, "within") else function
+                found += [Registered(here, None)] if here is not None else []
+        return found
 
     @property
     def has_torch_hooks(self) -> bool:
@@ -67,13 +90,14 @@ class HookPoint(nn.Module):
     @property
     def is_listened_to(self) -> bool:
         """Whether anything would see the tensor: functions, recorders or torch's own hooks."""
-        return bool(self.functions or self.recorders or self.has_torch_hooks)
+        return bool(self.recorders or self.has_torch_hooks or self.acting)
 
     def forward(self, tensor: Tensor) -> Tensor:
-        if self.functions:
+        acting = self.acting
+        if acting:
             # Another hook point may hold the same storage, and a hook function may edit in place.
             tensor = tensor.clone()
-            for registered in self.functions:
+            for registered in acting:
                 tensor = self._replaced(registered, tensor)
         for recorder in self.recorders:
             recorder.record(self, tensor)
@@ -88,7 +112,7 @@ class HookPoint(nn.Module):
 
     def call(self, function: HookFunction, tensor: Tensor, position: int | None = None) -> Tensor:
         """The function's replacement for `tensor`, checked and cast to its dtype; `tensor` if it gives None."""
-        self.position = position
+        self.position = position if position is None or self.window is None else self.window.begin + position
         try:
             returned = function(tensor, self)
         finally:

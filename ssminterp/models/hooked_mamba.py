@@ -17,6 +17,8 @@ from transformers.cache_utils import DynamicCache
 from ssminterp.models.cache import ActivationCache
 from ssminterp.models.config import ModelConfig
 from ssminterp.models.fingerprint import Fingerprint
+from ssminterp.models.follow import Recording, following
+from ssminterp.models.generation import check_options, check_padding, check_recordable, generate
 from ssminterp.models.hook_names import NamesFilter, match_names
 from ssminterp.models.hook_points import HookFunction, HookPoint, HookSpec, Recorder, Registered, attached
 from ssminterp.models.install import causal_lm, hook_specs, input_device, install_hooks, layer_devices
@@ -24,6 +26,7 @@ from ssminterp.models.loading import load_hf
 from ssminterp.models.memory import check_recording_fits
 from ssminterp.models.reading import in_chunks, read_chunks, tokens_in_pieces
 from ssminterp.models.state import ModelState
+from ssminterp.models.timeline import ApplyTo, Timeline
 from ssminterp.models.tokens import Text, check_tokens, decode_each, encode, excerpt
 from ssminterp.models.verify import check_parity, logits_of
 from ssminterp.positions import Positions, resolve_positions
@@ -205,17 +208,20 @@ class HookedMamba(nn.Module):
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         state: ModelState | None = None,
     ) -> Float[Tensor, "batch pos vocab"]:
-        """Logits, float32. `state` (from `read`) is what to go on from instead of an empty memory.
+        """Logits, float32. `state` (from `read`) is what to go on from instead of an empty memory; positions of hooks
+        then count from the first token that the state has read, negative ones from the end.
 
         Raises ValueError for tokens out of the vocabulary and for a state of another model or batch size.
         """
         tokens, attention_mask = self._prepare(text, attention_mask)
-        cache = None
-        if state is not None:
-            cache = self._cache_of(state, tokens.shape[0])
-        return self.hf_model(
-            input_ids=tokens, attention_mask=attention_mask, cache_params=cache, use_cache=cache is not None
-        ).logits
+        if state is None:
+            return self.hf_model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits
+        timeline = _timeline(state, tokens.shape[1])
+        cache = self._cache_of(state, tokens.shape[0])
+        with following(self.lm, list(self.hook_points.values()), timeline):
+            return self.hf_model(
+                input_ids=tokens, attention_mask=attention_mask, cache_params=cache, use_cache=True
+            ).logits
 
     def run_with_cache(
         self,
@@ -231,7 +237,8 @@ class HookedMamba(nn.Module):
         """Logits and what the hooks saw.
 
         names_filter: which hooks; None means all but those computed on demand (states, A_bar, B_bar, conv taps).
-        positions: record only these, in the order given; of states, only these are ever written to memory.
+        positions: record only these, in the order given; of states, only these are ever written to memory. After a
+            `state`, they count from the first token that the state has read.
         layers: record only these layers' hooks. offload: a device to move recordings to as they come.
         detach: False keeps the autograd graph.
 
@@ -239,16 +246,21 @@ class HookedMamba(nn.Module):
         """
         tokens, attention_mask = self._prepare(text, forward_arguments.pop("attention_mask", None))
         hooks = self._hooks_to_record(names_filter, layers)
-        recorded = resolve_positions(positions, tokens.shape[1])
+        timeline = _timeline(forward_arguments.get("state"), tokens.shape[1])
+        if timeline.start == 0 or positions is None:
+            recorded = resolve_positions(positions, tokens.shape[1])
+        else:
+            recorded = tuple(timeline.resolve(positions))
         n_positions = tokens.shape[1] if recorded is None else len(recorded)
         target = self.device if offload is None else torch.device(offload)
         check_recording_fits(hooks, self.cfg, tokens.shape[0], n_positions, target)
         store: dict[str, Tensor] = {}
-        recorder = Recorder(store, recorded, offload, detach)
+        local = None if recorded is None else [p - timeline.start for p in recorded]
+        recorder = Recorder(store, local, offload, detach)
         with attached([(hook, recorder) for hook in hooks]):
             logits = self(tokens, attention_mask=attention_mask, **forward_arguments)
         activations = {hook.name: store[hook.name] for hook in hooks}
-        return logits, ActivationCache(activations, tokens, self.cfg.model_name, recorded)
+        return logits, ActivationCache(activations, tokens, self.cfg.model_name, recorded, timeline.start)
 
     def _hooks_to_record(self, names_filter: NamesFilter | None, layers: Sequence[int] | None) -> list[HookPoint]:
         if names_filter is None:
@@ -309,27 +321,110 @@ class HookedMamba(nn.Module):
             yield self
 
     def generate(
-        self, text: Input, max_new_tokens: int = 20, *, state: ModelState | None = None, **kwargs: Any
-    ) -> Tensor | str | list[str]:
-        """Hugging Face's `generate` with the hooks that are attached: text for text, tokens for tokens.
+        self,
+        text: Input,
+        max_new_tokens: int = 20,
+        *,
+        state: ModelState | None = None,
+        apply_to: ApplyTo = "both",
+        seed: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Text for text, tokens [batch, prompt + new] for tokens, while the hooks and interventions attached act.
 
-        Hooks fire on the prompt and then on every new token by itself, as sequences of length 1. Several texts of
-        different length are padded on the left, so that all of them end where the new tokens begin.
+        Positions count from the first token of the whole text, what `state` has read included; negative ones from the
+        end of the prompt. So what acts at a position of a finished text acts in the same way while it is generated.
+        Functions without positions get the prompt's tensor, then one of length 1 for every new token. The last new
+        token is chosen, but never run. Memory does not grow with the number of tokens.
+
+        state: what to go on from, as if its text stood before the prompt.
+        apply_to: where hooks act, on the "prompt", the "new" tokens, or "both". The first new token is chosen at the
+            prompt's last position.
+        seed: of sampling; torch's own random state is left as it was.
+        options: those of Hugging Face's `generate`: do_sample, temperature, top_k, top_p, eos_token_id, num_beams, …
+
+        Several texts of different length are padded on the left. Raises ValueError for hooks whose positions are never
+        run, are not where `apply_to` lets them act, or lie in such texts, and for options that cannot take effect.
+
+        >>> from ssminterp import HookedMamba, steer
+        >>> model = HookedMamba.from_pretrained("tiny-mamba", device="cpu")
+        >>> emma = model.lm.get_input_embeddings().weight[model.to_tokens("Emma")[0, 0]].detach()
+        >>> with model.intervene(steer("blocks.5.hook_resid_post", emma, 50.0)):
+        ...     model.generate("Shelby gave an apple to", 3, apply_to="new")
+        'Shelby gave an apple to cliff Emma Emma'
         """
-        if isinstance(text, Tensor):
-            tokens, mask = self._prepare(text, kwargs.pop("attention_mask", None))
-        else:
-            tokens, mask = _padded_left(*encode(self._tokenizer(), text))
-            tokens, mask = tokens.to(self.device), mask.to(self.device)
-        mask = torch.ones_like(tokens) if mask is None else mask
-        if state is not None:
-            copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
-            kwargs["cache_params"] = self._cache_of(state.repeat(copies), copies * tokens.shape[0])
-        output = self.lm.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=max_new_tokens, **kwargs)
-        if isinstance(text, Tensor):
-            return output
+        return self._generate(text, max_new_tokens, state, apply_to, seed, None, options)[0]
+
+    def generate_with_cache(
+        self,
+        text: Input,
+        names_filter: NamesFilter | None = None,
+        *,
+        max_new_tokens: int = 20,
+        positions: Positions | None = None,
+        layers: Sequence[int] | None = None,
+        offload: torch.device | str | None = None,
+        state: ModelState | None = None,
+        apply_to: ApplyTo = "both",
+        seed: int | None = None,
+        **options: Any,
+    ) -> tuple[Any, ActivationCache]:
+        """What `generate` returns, and what the hooks saw of the prompt and at every decoding step.
+
+        names_filter, layers, offload: as in `run_with_cache`. positions: record only these, absolute as in `generate`;
+        those after the end of a generation that stopped early are left out. The cache's `tokens` are those that were
+        run: all but the last new one.
+
+        Raises ValueError as `generate` and `run_with_cache` do, and for beam search.
+        """
+        check_recordable(options)
+        hooks = self._hooks_to_record(names_filter, layers)
+        wanted = (hooks, positions, offload)
+        return self._generate(text, max_new_tokens, state, apply_to, seed, wanted, options)
+
+    def _generate(
+        self,
+        text: Input,
+        max_new_tokens: int,
+        state: ModelState | None,
+        apply_to: ApplyTo,
+        seed: int | None,
+        wanted: tuple[list[HookPoint], Positions | None, torch.device | str | None] | None,
+        options: dict[str, Any],
+    ) -> tuple[Any, ActivationCache]:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        tokens, mask = self._to_continue(text, options.pop("attention_mask", None))
+        copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
+        timeline = _timeline(state, tokens.shape[1], max_new_tokens - 1, apply_to)
+        cache = None if state is None else self._cache_of(state.repeat(copies), copies * tokens.shape[0])
+        points = list(self.hook_points.values())
+        check_options(self.lm, points, timeline, seed, options)
+        recording = None
+        if wanted is not None:
+            hooks, positions, offload = wanted
+            recording = Recording(hooks, timeline, positions, offload)
+            n_positions = tokens.shape[1] + max_new_tokens - 1 if recording.wanted is None else len(recording.wanted)
+            target = self.device if offload is None else torch.device(offload)
+            check_recording_fits(hooks, self.cfg, copies * tokens.shape[0], n_positions, target)
+        check_padding(mask, points, recording, from_texts=not isinstance(text, Tensor))
+        options["max_new_tokens"] = max_new_tokens
+        output = generate(self.lm, points, tokens, mask, timeline, cache, recording, seed, options)
+        activations, seen = ({}, None) if recording is None else recording.activations()
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        recorded = ActivationCache(activations, sequences[:, :-1], self.cfg.model_name, seen, timeline.start)
+        if isinstance(text, Tensor) or not isinstance(output, Tensor):
+            return output, recorded
         texts = self._tokenizer().batch_decode(output, skip_special_tokens=True)
-        return texts[0] if isinstance(text, str) else texts
+        return texts[0] if isinstance(text, str) and len(texts) == 1 else texts, recorded
+
+    def _to_continue(self, text: Input, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens that all end where new ones begin, and their mask."""
+        if isinstance(text, Tensor):
+            tokens, mask = self._prepare(text, mask)
+            return tokens, torch.ones_like(tokens) if mask is None else mask
+        tokens, mask = _padded_left(*encode(self._tokenizer(), text))
+        return tokens.to(self.device), mask.to(self.device)
 
     def read(
         self,
@@ -341,7 +436,8 @@ class HookedMamba(nn.Module):
     ) -> ModelState:
         """The state after reading a text, to go on from: `model(tokens, state=state)`, `generate(…, state=state)`.
 
-        Memory does not grow with the length of the text.
+        Memory does not grow with the length of the text. Hooks act as in one run of the whole text; their positions
+        count from the first token that was ever read, `state` included.
 
         text: a text, texts of the same length, tokens [batch, pos], or the parts of one text as an iterator of
             strings: an open file will do. A long text is tokenized in pieces, cut where that changes no token.
@@ -353,8 +449,11 @@ class HookedMamba(nn.Module):
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, got {chunk}")
         batch, total, pieces, written = self._to_read(text)
+        timeline = _timeline(state, total)
         cache = None if state is None else self._cache_of(state, batch)
-        cache, n_tokens = read_chunks(self.hf_model, in_chunks(pieces, chunk), self.device, cache, total, progress)
+        with following(self.lm, list(self.hook_points.values()), timeline):
+            chunks, keep = in_chunks(pieces, chunk), 0 if self.hook_points["hook_logits"].is_listened_to else 1
+            cache, n_tokens = read_chunks(self.hf_model, chunks, self.device, cache, total, keep, progress)
         before = (0, ()) if state is None else (state.n_tokens, state.history)
         step = f"read {n_tokens:,} tokens{written}"
         n_tokens += before[0]
@@ -395,10 +494,22 @@ class HookedMamba(nn.Module):
 
     def _cache_of(self, state: ModelState, batch: int) -> DynamicCache:
         """Raises ValueError if a batch of that size cannot go on from the state."""
-        if not isinstance(state, ModelState):
-            raise ValueError(f"state= takes a ModelState, which read returns, got {type(state).__name__}")
         state.check_fits(self.cfg, self.fingerprint(), batch)
         return state.to_cache(self.lm.config, layer_devices(self.lm), self.cfg.dtype)
+
+
+def _timeline(
+    state: ModelState | None, length: int | None, new_tokens: int = 0, apply_to: ApplyTo = "both"
+) -> Timeline:
+    """The positions of a prompt, and of new tokens after it, that come after what a state has read.
+
+    Raises ValueError for what is no state.
+    """
+    if state is not None and not isinstance(state, ModelState):
+        raise ValueError(f"state= takes a ModelState, which read returns, got {type(state).__name__}")
+    start = 0 if state is None else state.n_tokens
+    end = None if length is None else start + length
+    return Timeline(start, end, None if end is None else end + new_tokens, apply_to)
 
 
 def _registered(fwd_hook: FwdHook) -> tuple[NamesFilter, Registered]:

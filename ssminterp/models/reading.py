@@ -28,17 +28,19 @@ def read_chunks(
     device: torch.device,
     cache: Cache | None,
     total: int | None,
+    logits_to_keep: int,
     progress: bool,
 ) -> tuple[Cache, int]:
     """Run one chunk [batch, pos] after the other and keep nothing but the cache; the cache and the number of tokens.
 
     total: how many tokens there will be, for the progress bar, which appears when reading takes over a second.
+    logits_to_keep: 1 for those of a chunk's last position, which are a small part of its largest tensor; 0 for all.
     """
     n_tokens = 0
     with tqdm(total=total, desc="reading", unit="token", unit_scale=True, disable=not progress, delay=1) as bar:
         for tokens in chunks:
-            # Only the last position's logits: those of a chunk would be its largest tensor by far.
-            output = hf_model(input_ids=tokens.to(device), cache_params=cache, use_cache=True, logits_to_keep=1)
+            tokens = tokens.to(device)
+            output = hf_model(input_ids=tokens, cache_params=cache, use_cache=True, logits_to_keep=logits_to_keep)
             cache = output.cache_params
             n_tokens += tokens.shape[1]
             bar.update(tokens.shape[1])

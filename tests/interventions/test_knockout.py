@@ -213,6 +213,19 @@ def test_what_was_read_before_the_run_is_no_source(model: HookedMamba) -> None:
     torch.testing.assert_close(cache["y", 0][:, -1], expected, atol=1e-6, rtol=1e-4)
 
 
+def test_positions_after_a_state_count_from_what_it_read(model: HookedMamba) -> None:
+    before = random_tokens(BATCH, 6, seed=3)
+    state = model.read(before)
+    each = torch.tensor([[7], [8], [9]])
+    for sources, targets in ((7, -1), ([7, 8], slice(10, None)), (each, [11, -1]), (slice(6, 9), 12)):
+        with torch.no_grad(), model.intervene(knockout(1, sources=sources, targets=targets)):
+            found = model(TOKENS, state=state)
+            expected = model(torch.cat([before, TOKENS], 1))[:, 6:]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    with model.intervene(knockout(1, sources=5, targets=9)), pytest.raises(ValueError, match="position 5 lies in what"):
+        model(TOKENS, state=state)
+
+
 def test_padding_on_the_left_changes_nothing(model: HookedMamba) -> None:
     padded, mask = torch.cat([torch.zeros_like(TOKENS[:, :2]), TOKENS], 1), torch.ones(BATCH, LENGTH + 2)
     mask[:, :2] = 0

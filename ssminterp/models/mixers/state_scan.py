@@ -75,8 +75,9 @@ class StateWork(NamedTuple):
 def state_work(hook: HookPoint, length: int) -> StateWork:
     """Sort a state hook's functions into writers by position and readers, and find which states must be kept."""
     writers: dict[int, list[HookFunction]] = {}
-    readers = [function for function, positions in hook.functions if positions is None]
-    for function, positions in hook.functions:
+    acting = hook.acting
+    readers = [function for function, positions in acting if positions is None]
+    for function, positions in acting:
         for p in sorted(resolve_positions(positions, length) or ()):
             writers.setdefault(p, []).append(function)
     recorded = {p for recorder in hook.recorders for p in recorder.positions or ()}
