@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -206,7 +205,7 @@ def _positions_of(read: Read, number: int, positions: Positions | ChoosePosition
 
 @torch.no_grad()
 def _record(
-    model: HookedMamba, hooks: Sequence[HookPoint], texts: Sequence[Int[Tensor, " pos"]], positions: Sequence[int]
+    model: HookedMamba, hooks: Sequence[HookPoint], texts: Sequence[Tensor], positions: Sequence[int]
 ) -> dict[str, Tensor]:
     """What each hook saw, [batch, positions, …] on the CPU. Raises ValueError if that does not fit in memory."""
     tokens = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)

@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerFast
 from ssminterp import HookedMamba
 from ssminterp.activations import ActivationDataset, collect_activations, folder
 
-pytestmark = pytest.mark.usefixtures("as_users_run_it")
 HOOKS = ["state", "delta", "resid_post"]
 WORDS = ["<pad>", "the", "cat", "dog", "sat", "mat", "on", "John", "Mary"]
 TEXTS = ["the cat sat on the mat", "John sat", "", "Mary", "the dog", "on the mat sat the dog", "cat", "the mat"]
@@ -392,6 +391,7 @@ def test_a_shard_of_the_right_size_that_is_none(tmp_path: Path) -> None:
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("as_users_run_it")
 def test_bad_input(change: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said):
         collect(tmp_path / "out", **change)
