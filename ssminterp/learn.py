@@ -28,7 +28,7 @@ from ssminterp.models import HookedMamba
 from ssminterp.models.hooked_mamba import Input
 
 # A made-up channel that listens to two names; every other word is a little noise to it.
-STORY = (("Mary", 1.0), ("met", 0.2), ("John", -1.0), ("at", -0.1), ("the", 0.1), ("shop", 0.3), ("and", -0.2))
+STORY = (("Mary", 1.0), ("met", 0.2), ("John", -1.0), ("at", -0.1), ("the", 0.2), ("shop", 0.3))
 NAMES = ("Mary", "John")
 
 

@@ -35,6 +35,7 @@ PAGES = (
     ("prompt", "Prompt", ":material/chat:", ("model", "prompt")),
     ("state", "State", ":material/memory:", ("model", "prompt")),
     ("patch", "Patch", ":material/grid_on:", ("model",)),
+    ("flow", "Flow", ":material/account_tree:", ("model", "prompt")),
     ("memory", "Memory", ":material/hourglass_top:", ("model",)),
     ("learn", "Learn", ":material/school:", ()),
 )

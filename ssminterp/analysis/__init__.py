@@ -1,5 +1,6 @@
 """Analyses that a state space model makes exact: what a token writes, how long it lives, where it is read."""
 
+from ssminterp.analysis.answers import intervened_answers, likely_pair
 from ssminterp.analysis.contributions import hidden_attention, token_contributions
 from ssminterp.analysis.conv import conv_contributions, patch_taps
 from ssminterp.analysis.direct import (
@@ -37,8 +38,10 @@ __all__ = [
     "half_lives",
     "hidden_attention",
     "horizons",
+    "intervened_answers",
     "knockout_sweep",
     "lens_summary",
+    "likely_pair",
     "logit_direction",
     "logit_lens",
     "patch_taps",

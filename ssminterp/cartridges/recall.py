@@ -12,6 +12,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ssminterp.analysis.answers import answer_table
 from ssminterp.analysis.unembedding import Token, token_ids
 from ssminterp.cartridges.algebra import blank
 from ssminterp.models import HookedMamba, ModelState
@@ -100,21 +101,7 @@ def answers(model: HookedMamba, question: str, states: Mapping[str, ModelState |
     >>> answers(model, "Now iron:", {"with it": state, "without": None}).sel(run="with it").idxmax("token").item()
     'lamp'
     """
-    if not states or not 0 < k <= model.cfg.vocab:
-        raise ValueError(
-            f"at least one state and 1 to {model.cfg.vocab} tokens are needed, got {len(states)} and k={k}"
-        )
-    rows = [model(question, state=state)[0, -1].float().softmax(-1).cpu() for state in states.values()]
-    probabilities = torch.stack(rows)
-    ids = probabilities.topk(k).indices.unique()
-    ids = ids[probabilities[:, ids].amax(0).argsort(descending=True, stable=True)]
-    texts = [str(int(i)) if model.tokenizer is None else model.to_str_tokens(i[None])[0].strip() for i in ids]
-    labels = [text if texts.count(text) == 1 else f"{text} ({int(i)})" for text, i in zip(texts, ids, strict=True)]
-    attrs = {"question": question, "model": model.cfg.model_name, "dtype": str(model.cfg.dtype).removeprefix("torch.")}
-    coords = {"run": list(states), "token": labels, "id": ("token", ids.numpy())}
-    return xr.DataArray(
-        probabilities[:, ids].numpy(), coords, ("run", "token"), name="probability", attrs=attrs | versions()
-    )
+    return answer_table(model, {run: model(question, state=state)[0, -1] for run, state in states.items()}, k, question)
 
 
 @torch.no_grad()

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from xarray import DataArray, Dataset
 
 from ssminterp.plots.theme import DIVERGING, FONT, themed
 
 TEAL, LIGHT_TEAL, BROWN, SAND = DIVERGING[-1], DIVERGING[-2], DIVERGING[0], DIVERGING[1]
+# All but white, for as many tokens as the made-up sentence has.
+SHADES = [*DIVERGING[:3], *DIVERGING[4:]]
 LEGEND_BELOW = {"orientation": "h", "y": -0.22, "yanchor": "top"}
 
 
@@ -121,18 +122,17 @@ def three_ways(terms: DataArray, ways: Mapping[str, DataArray]) -> go.Figure:
     """
     if len(ways) > 2:
         raise ValueError(f"the figure has a dot and a ring, got {len(ways)} ways: {', '.join(ways)}")
-    shades = _shades(terms.sizes["source"])
     bars = [
         go.Bar(
             x=terms["target"].values,
             y=terms.sel(source=source).values,
             name=f"from {source}",
-            marker_color=shade,
+            marker_color=SHADES[i % len(SHADES)],
             hovertemplate=f"from {source}<br>to %{{x}}<br>%{{y:.4g}}<extra></extra>",
             legendgroup="terms",
             legendgrouptitle_text="unrolled sum, the parts",
         )
-        for source, shade in zip(terms["source"].values, shades, strict=True)
+        for i, source in enumerate(terms["source"].values)
     ]
     looks = ({"symbol": "circle", "size": 8}, {"symbol": "circle-open", "size": 18, "line": {"width": 2}})
     markers = [
@@ -184,10 +184,3 @@ def held_at_the_end(terms: Mapping[str, DataArray]) -> go.Figure:
 
 def _parts(values: np.ndarray) -> np.ndarray:
     return values / max(float(np.abs(values).sum()), 1e-12)
-
-
-def _shades(n: int) -> list[str]:
-    """n colours from brown to teal that leave out white."""
-
-    places = np.concatenate([np.linspace(0.02, 0.36, (n + 1) // 2), np.linspace(0.64, 0.98, n // 2)])
-    return sample_colorscale(DIVERGING, list(places))

@@ -13,6 +13,8 @@ DIVERGING = ["#8c510a", "#d8b365", "#f6e8c3", "#ffffff", "#c7eae5", "#5ab4ac", "
 DIVERGING_DARK = ["#f2c57c", "#b9822f", "#5b3f16", "#182022", "#12504a", "#2a968b", "#8fe6da"]
 FONT = {"family": "Source Sans, Inter, Helvetica, Arial, sans-serif", "size": 13, "color": "#1f2933"}
 DARK = {"text": "#dfe6e4", "label": "#243032", "grid": "#2a3436"}
+# Text, faint marks, and the blue and green of Okabe & Ito.
+IN_DARK = {"#1f2933": "#dfe6e4", "#d3d9e0": "#2a3436", "#0072b2": "#56b4e9", "#009e73": "#3cc79b"}
 _SUBTITLE = "<br><sub>"
 
 
@@ -44,7 +46,7 @@ def in_dark(figure: go.Figure) -> go.Figure:
     figure.update_yaxes(gridcolor=DARK["grid"], zerolinecolor=DARK["grid"])
     figure.update_shapes(line_color=DARK["text"])
     scales = {tuple(DIVERGING): DIVERGING_DARK, tuple(DIVERGING[3:]): DIVERGING_DARK[3:]}
-    colours = dict(zip(DIVERGING, DIVERGING_DARK, strict=True)) | {str(FONT["color"]): DARK["text"]}
+    colours = dict(zip(DIVERGING, DIVERGING_DARK, strict=True)) | IN_DARK
     for trace in figure.data:
         if "colorscale" in trace and trace.colorscale is not None:
             found = scales.get(tuple(colour for _, colour in trace.colorscale))
@@ -53,6 +55,10 @@ def in_dark(figure: go.Figure) -> go.Figure:
         for part in ("marker", "line"):
             if part in trace and trace[part].color is not None:
                 trace[part].color = _in_dark(trace[part].color, colours)
+    for note in figure.layout.annotations:
+        note.font.color = _in_dark(note.font.color, colours)
+        if note.bgcolor is not None:
+            note.bgcolor = DARK["label"]
     return figure
 
 

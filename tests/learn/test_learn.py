@@ -114,17 +114,17 @@ def test_what_is_no_channel_is_refused(as_users_run_it: None) -> None:
         made_up(delta=0.0)
     with pytest.raises(ValueError, match=r"A is a rate of decay and must be negative, got 0\.5"):
         made_up(A=[-1.0, 0.5])
-    with pytest.raises(ValueError, match="2 step sizes were given for 7 words"):
+    with pytest.raises(ValueError, match="2 step sizes were given for 6 words"):
         made_up(delta=[1.0, 2.0])
     with pytest.raises(ValueError, match="needs at least one token"):
         made_up(words=[])
     one = made_up()
-    with pytest.raises(ValueError, match=r"x has shape \(3,\), 7 tokens and 1 coordinates need \(7,\)"):
+    with pytest.raises(ValueError, match=r"x has shape \(3,\), 6 tokens and 1 coordinates need \(6,\)"):
         OneChannel(one.labels, one.x[:3], one.delta, one.A, one.B, one.C)
     with pytest.raises(ValueError, match="Δ differs from token to token, so no one kernel"):
         kernel(selective_story(2.0, 0.1))
-    with pytest.raises(ValueError, match="position 7 does not exist: there are 7"):
-        written_out(recurrence(one), 7, 0)
+    with pytest.raises(ValueError, match="position 6 does not exist: there are 6"):
+        written_out(recurrence(one), 6, 0)
     with pytest.raises(ValueError, match="coordinate 1 does not exist: there are 1"):
         numbers(recurrence(one), 1)
     with pytest.raises(ValueError, match="one text is shown at a time, got 2"):

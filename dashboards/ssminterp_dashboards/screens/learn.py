@@ -26,7 +26,12 @@ from ssminterp_dashboards.models import ModelKey
 from ssminterp_dashboards.text import plain
 
 SCREENS = ("A memory", "Forgetting", "Three ways", "Selection", "A real one")
-REAL = "nano-mamba"
+# Of nano-mamba's first layer, the channel that adds most to Emma's logit over Shelby's in the default prompt.
+REAL, CHANNEL = "nano-mamba", 25
+FINDING = (
+    "The second Shelby takes out what the first one wrote, and Emma is left. With Δ, B and C fixed it would write the "
+    "same as the first once more."
+)
 NAMES_OF_NUMBERS = {
     "delta": "Δ",
     "A_bar": "A̅",
@@ -242,7 +247,7 @@ def real() -> None:
     loaded = models.load(ModelKey(REAL, device=models.device()))
     cfg = loaded.model.cfg
     layer = links.choice("learn_layer", 0, range(cfg.n_layers))
-    channel = links.choice("learn_channel", 25, range(cfg.d_inner))
+    channel = links.choice("learn_channel", CHANNEL, range(cfg.d_inner))
     coordinate = links.choice("learn_n", 0, range(cfg.d_state))
     picks = st.columns([2, 2, 2, 6], vertical_alignment="bottom")
     picks[0].selectbox("Layer", range(cfg.n_layers), key="learn_layer")
@@ -274,8 +279,7 @@ def real() -> None:
         snippet=snippets.code(
             loaded, begin + code, learn="channel_of, unrolled, with_fixed_steps", plots="held_at_the_end"
         ),
-        note="In channel 25 of layer 0, with the prompt above, the second Shelby takes out what the first one wrote, "
-        "and Emma is left. With Δ, B and C fixed it would be added instead.",
+        note=FINDING if (prompt, layer, channel) == (DEFAULT_PROMPT, 0, CHANNEL) else "",
     )
 
 

@@ -48,7 +48,7 @@ def test_swapped_layers_are_those_named_and_layer_2_decides() -> None:
 
 
 def test_what_cannot_be_answered_is_refused(as_users_run_it: None) -> None:
-    with pytest.raises(ValueError, match="at least one state"):
+    with pytest.raises(ValueError, match="at least one run"):
         answers(MODEL, QUESTION, {})
     with pytest.raises(ValueError, match="no tokens"):
         answers(MODEL, "", {"none": None})
