@@ -14,7 +14,7 @@ from ssminterp_dashboards.models import Loaded
 from ssminterp_dashboards.results_flow import Decay, Edge, Question
 from ssminterp_dashboards.text import plain
 
-THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 MAPS = {"answer": "what it brings to the answer", "attention": "hidden attention α"}
 DECAYS: tuple[Decay, ...] = ("kept", "skipped")
 # Edges are drawn one by one, and pairs of tokens × layers are many.
