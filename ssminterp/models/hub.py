@@ -112,6 +112,9 @@ def _snapshot(name: str, revision: str | None, trust_remote_code: bool) -> Path:
 
 
 def _nearest(name: str) -> str:
-    """The names that need no guessing: the bundled ones, and the known ones most like `name`."""
+    """The names that need no guessing: the bundled ones, and the known ones most like `name` if it is not known."""
+    bundled = f"Bundled are: {', '.join(BUNDLED)}"
+    if name in KNOWN:
+        return f"{bundled}."
     alike = difflib.get_close_matches(name, KNOWN, n=2, cutoff=0.0)
-    return f"Bundled are: {', '.join(BUNDLED)}; known on the hub, and most like this name: {', '.join(alike)}."
+    return f"{bundled}; known on the hub, and most like this name: {', '.join(alike)}."
