@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 from ssminterp import HookedMamba
 from ssminterp.models.original_format import padded_vocab, to_transformers_config
 
-pytestmark = pytest.mark.usefixtures("as_users_run_it")
 TOKENS = random_tokens(2, 6)
 
 

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from ssminterp import HookedMamba
 from ssminterp.models.hub import checkpoint_files
 
-pytestmark = pytest.mark.usefixtures("as_users_run_it")
 TOKENS = random_tokens(2, 6)
 
 
@@ -111,6 +110,7 @@ def test_names_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         HookedMamba.from_pretrained(tmp_path / "model.safetensors")
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_a_revision_of_what_has_none(tmp_path: Path) -> None:
     for name in (tmp_path, "tiny-mamba"):
         with pytest.raises(ValueError, match="revision='main' is for names on the hub"):
