@@ -55,5 +55,3 @@ class Job:
             except Exception as error:  # the page shows it: see errors.message_of
                 self.error = error
                 return
-            # So that another tab that waits for the model gets it before the next part.
-            time.sleep(0.002)

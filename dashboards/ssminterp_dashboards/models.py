@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import re
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from ssminterp import HookedMamba
 from ssminterp.checkpoints import BUNDLED
 from ssminterp.models.catalogue import Listed, available_models
 from ssminterp_dashboards.launch import MODEL_VARIABLE
+from ssminterp_dashboards.turns import Turns
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Models held at once, whichever tabs use them.
@@ -43,12 +43,12 @@ class Loaded:
     key: ModelKey
     model: HookedMamba
     seconds: float
-    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _turns: Turns = field(default_factory=Turns)
 
     @contextmanager
     def ready(self) -> Iterator[HookedMamba]:
-        """The model, while no other tab runs it: hooks of one run must not see another."""
-        with self._lock, torch.no_grad():
+        """The model, while no other tab runs it: hooks of one run must not see another. First come, first served."""
+        with self._turns, torch.no_grad():
             yield self.model
 
     @property

@@ -43,8 +43,9 @@ INTERVENTIONS = {
     "scale": "scale what is there",
     "steer": "steer towards the other run",
 }
-# Multiply-adds of one part of a sweep, roughly: long enough to be worth starting, short enough to stop after.
-PART_WORK = 2e10
+# Multiply-adds of one part of a sweep, roughly: long enough to be worth starting, short enough
+# to stop after, and for another tab to wait for.
+PART_WORK = 6e9
 
 
 class Pairs(NamedTuple):

@@ -9,6 +9,7 @@ import xarray as xr
 from streamlit.testing.v1 import AppTest
 
 from ssminterp_dashboards import jobs, launch, models, sweeps, text, views
+from ssminterp_dashboards import turns as turns_module
 from ssminterp_dashboards.errors import message_of
 
 
@@ -85,6 +86,25 @@ def test_models_are_loaded_once_and_run_one_at_a_time() -> None:
     with loaded.ready():
         other.start()
         assert not entered.wait(0.2)
+
+
+def test_turns_are_taken_in_the_order_of_asking_and_can_be_nested() -> None:
+    turns, order = turns_module.Turns(), []
+
+    def take(name: str) -> None:
+        with turns, turns:
+            order.append(name)
+
+    threads = [threading.Thread(target=take, args=(name,)) for name in "abcde"]
+    with turns:
+        for i, thread in enumerate(threads):
+            thread.start()
+            while len(turns._waiting) <= i:
+                time.sleep(0.001)
+    take("again")
+    for thread in threads:
+        thread.join(10)
+    assert order == [*"abcde", "again"]
 
 
 def test_a_job_keeps_what_is_finished_when_it_is_stopped() -> None:

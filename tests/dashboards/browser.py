@@ -1,0 +1,96 @@
+"""The app in a real browser: a server on a free port, Debian's chromium, and what a reader does with the page."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Browser, Locator, Page, Playwright, expect
+
+from ssminterp_dashboards.launch import HOST, command, environment, free_port
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or "/usr/bin/chromium"
+IDLE = '[data-testid="stApp"][data-test-script-state="notRunning"]'
+# The machines that run this have two cores, which others share.
+PATIENCE = 90_000
+
+
+def why_not() -> str | None:
+    """Why there is no browser to test with; None if there is one."""
+    return None if Path(CHROMIUM).exists() else f"no browser: there is no {CHROMIUM} (apt-get install chromium)"
+
+
+def launch_browser(playwright: Playwright) -> Browser:
+    """Debian's chromium, without a window."""
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    expect.set_options(timeout=PATIENCE)
+    return browser
+
+
+@contextmanager
+def serving(model: str = "tiny-mamba") -> Iterator[str]:
+    """The address of an app that runs until the context ends."""
+    port = free_port()
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "dashboards"), os.environ.get("PYTHONPATH", "")]
+    env = environment(model) | {"PYTHONPATH": os.pathsep.join(paths)}
+    server = subprocess.Popen(command(port), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_answer(f"http://{HOST}:{port}/_stcore/health", server)
+        yield f"http://{HOST}:{port}"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def wait_for_answer(address: str, server: subprocess.Popen, seconds: float = 90) -> None:
+    """Wait until the server answers. Raises RuntimeError if it ends or does not."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if server.poll() is not None:
+            raise RuntimeError(f"the server ended with status {server.returncode}")
+        try:
+            with urllib.request.urlopen(address, timeout=2):
+                return
+        except OSError:
+            time.sleep(0.05)
+    raise RuntimeError(f"{address} did not answer in {seconds} s")
+
+
+def settle(page: Page) -> Page:
+    """The page once the script has run and the figures are drawn."""
+    page.wait_for_selector(IDLE, timeout=PATIENCE)
+    page.wait_for_timeout(250)
+    page.wait_for_selector(IDLE, timeout=PATIENCE)
+    return page
+
+
+def chart(page: Page, key: str) -> Locator:
+    """The figure of this key, drawn."""
+    found = page.locator(f".st-key-{key} .js-plotly-plot").first
+    found.locator(".main-svg").first.wait_for(timeout=PATIENCE)
+    return found
+
+
+def click_cell(page: Page, key: str, row: int, column: int) -> None:
+    """Click the middle of a cell of a heat map, rows and columns counted as the axes count them."""
+    plot = chart(page, key)
+    plot.scroll_into_view_if_needed()
+    place = plot.evaluate(
+        """(plot, [row, column]) => {
+            const {xaxis, yaxis} = plot._fullLayout;
+            return [xaxis._offset + xaxis.r2p(column), yaxis._offset + yaxis.r2p(row)];
+        }""",
+        [row, column],
+    )
+    box = plot.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + place[0], box["y"] + place[1])
+    page.wait_for_timeout(150)
+    page.mouse.click(box["x"] + place[0], box["y"] + place[1])
