@@ -24,12 +24,16 @@ from ssminterp.analysis.memory import (
     step_sizes,
     survival,
 )
+from ssminterp.analysis.names import token_averages
+from ssminterp.analysis.probes import class_direction, probe
 from ssminterp.analysis.states import compare_states, state_norms, state_words, states_at
+from ssminterp.analysis.substitution import substitution_test
 
 __all__ = [
     "attribute_to_channels",
     "attribute_to_layers",
     "attribute_to_sources",
+    "class_direction",
     "compare_states",
     "conv_contributions",
     "flow_contributions",
@@ -45,6 +49,7 @@ __all__ = [
     "logit_direction",
     "logit_lens",
     "patch_taps",
+    "probe",
     "rank_channels",
     "sinks",
     "spectrum",
@@ -55,7 +60,9 @@ __all__ = [
     "states_at",
     "step_sizes",
     "strongest_paths",
+    "substitution_test",
     "survival",
+    "token_averages",
     "token_contributions",
     "top_tokens",
 ]

@@ -5,6 +5,7 @@ from ssminterp.plots.cartridges import answer_bars, recall_lines, state_distance
 from ssminterp.plots.cells import clickable
 from ssminterp.plots.contributions import contribution_heatmap, strongest_part
 from ssminterp.plots.conv import conv_heatmap, tap_heatmap
+from ssminterp.plots.directions import probe_curves, substitution_curves
 from ssminterp.plots.drilldown import changed_tokens_figure, channel_map, parts_bars
 from ssminterp.plots.flow import flow_figure
 from ssminterp.plots.knockouts import knockout_curves
@@ -38,6 +39,7 @@ __all__ = [
     "parts_bars",
     "patching_heatmap",
     "prediction_bars",
+    "probe_curves",
     "recall_lines",
     "save_html",
     "save_report",
@@ -49,6 +51,7 @@ __all__ = [
     "state_words_figure",
     "step_heatmap",
     "strongest_part",
+    "substitution_curves",
     "survival_curves",
     "tap_heatmap",
     "three_ways",

@@ -6,11 +6,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from xarray import DataArray, Dataset
 
+from ssminterp.plots.curves import BASELINE, curve
 from ssminterp.plots.theme import themed
-
-# Told apart by readers who see no red and green (Okabe & Ito 2008), and by their dashes and marks.
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b4c9a", "#5c5c5c"]
-MARKS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon"]
 
 
 def knockout_curves(sweep: DataArray | Dataset, title: str | None = None) -> go.Figure:
@@ -34,11 +31,9 @@ def knockout_curves(sweep: DataArray | Dataset, title: str | None = None) -> go.
             raise ValueError(f"the curves show (source, layer), got {array.dims}")
     figure = make_subplots(len(panels), 1, shared_xaxes=True, vertical_spacing=0.07)
     for row, (name, array) in enumerate(panels.items(), start=1):
-        for curve in _curves(array, show_names=row == 1):
-            figure.add_trace(curve, row, 1)
-        figure.add_hline(
-            array.attrs["baseline"], row=row, col=1, line={"dash": "dot", "color": "#52606d", "width": 1.5}
-        )
+        for line in _curves(array, show_names=row == 1):
+            figure.add_trace(line, row, 1)
+        figure.add_hline(array.attrs["baseline"], row=row, col=1, line=BASELINE)
         figure.update_yaxes(title=name.replace("_", " "), row=row, col=1, automargin=True)
     shown = next(iter(panels.values()))
     attrs = shown.attrs
@@ -66,18 +61,9 @@ def _windows(array: DataArray) -> tuple[list[float], list[str]]:
 
 def _curves(array: DataArray, show_names: bool) -> list[go.Scatter]:
     middles, windows = _windows(array)
+    hover = "%{fullData.name}, layers %{customdata}<br>%{y:.3f}<extra></extra>"
+    look = {"customdata": windows, "hovertemplate": hover, "showlegend": show_names}
     return [
-        go.Scatter(
-            x=middles,
-            y=array.sel(source=source).values,
-            mode="lines+markers",
-            name=str(source),
-            legendgroup=str(source),
-            showlegend=show_names,
-            line={"color": COLOURS[i % len(COLOURS)]},
-            marker={"symbol": MARKS[i % len(MARKS)], "size": 8},
-            customdata=windows,
-            hovertemplate=f"{source}, layers %{{customdata}}<br>%{{y:.3f}}<extra></extra>",
-        )
+        curve(i, str(source), middles, array.sel(source=source).values, **look)
         for i, source in enumerate(array["source"].values)
     ]
