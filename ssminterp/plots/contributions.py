@@ -24,7 +24,7 @@ def contribution_heatmap(values: DataArray, title: str | None = None) -> go.Figu
         )
     numbers = values.transpose("target", "source").values
     # So that one strong pair, often a token and itself, does not make all others white.
-    limit = max(float(np.nanquantile(np.abs(numbers), 0.99)), 1e-12)
+    limit = max(float(np.nanquantile(np.abs(numbers[numbers != 0]), 0.99)), 1e-12) if numbers.any() else 1e-12
     never_negative = float(numbers.min()) >= 0
     figure = go.Figure(
         go.Heatmap(

@@ -35,11 +35,12 @@ def page() -> None:
     left, right = st.columns([7, 6], gap="large")
     with left:
         layer = choose_layer(loaded)
-        pairs(loaded, prompt, asked, layer)
     with right:
         edge = choose_edge(loaded, texts, layer)
         if edge is not None:
             cut(loaded, prompt, edge)
+    with left:
+        pairs(loaded, prompt, asked, layer, edge)
     if edge is not None:
         by_layer(loaded, prompt, asked, edge)
 
@@ -101,7 +102,7 @@ def graph(loaded: Loaded, prompt: str, asked: Question) -> None:
 
 
 @panel
-def pairs(loaded: Loaded, prompt: str, asked: Question, layer: int) -> None:
+def pairs(loaded: Loaded, prompt: str, asked: Question, layer: int, edge: Edge | None) -> None:
     """What each token tells each later one in one layer; a click chooses the edge to cut."""
     kind = links.choice("flow_map", "answer", MAPS)
     st.segmented_control("Token to token", list(MAPS), format_func=MAPS.get, key="flow_map", required=True)
@@ -122,7 +123,7 @@ def pairs(loaded: Loaded, prompt: str, asked: Question, layer: int) -> None:
         snippet = snippets.code(loaded, code, analysis="hidden_attention", plots="contribution_heatmap")
     shown = readable(values, "flow_all")
     views.show(
-        clickable(contribution_heatmap(shown, title=title)),
+        clickable(contribution_heatmap(shown, title=title), _cell_of(shown, edge)),
         "flow_pairs",
         loaded,
         data=values,
@@ -132,8 +133,25 @@ def pairs(loaded: Loaded, prompt: str, asked: Question, layer: int) -> None:
     )
 
 
+def _cell_of(shown: xr.DataArray, edge: Edge | None) -> tuple[int, int] | None:
+    """Row and column of an edge, if the map shows it."""
+    if edge is None:
+        return None
+    rows, columns = (_positions(shown, dim) for dim in ("target", "source"))
+    return (
+        (rows.index(edge.target), columns.index(edge.source))
+        if edge.target in rows and edge.source in columns
+        else None
+    )
+
+
+def _positions(shown: xr.DataArray, dim: str) -> list[int]:
+    """The positions in labels like "4 Emma"."""
+    return [int(str(label).split()[0]) for label in shown[dim].values]
+
+
 def _take_edge(shown: xr.DataArray, row: int, column: int) -> None:
-    target, source = (int(str(shown[dim].values[i]).split()[0]) for dim, i in (("target", row), ("source", column)))
+    target, source = _positions(shown, "target")[row], _positions(shown, "source")[column]
     if source <= target:
         st.session_state["source"], st.session_state["token"] = source, target
 

@@ -38,11 +38,11 @@ def page() -> None:
         position = choose_token(texts)
     left, right = st.columns([7, 6], gap="large")
     with left:
-        words(loaded, prompt, texts, position)
+        words(loaded, prompt, texts, layer, position)
     with right:
         contents(loaded, prompt, layer, position)
     st.divider()
-    sizes(loaded, prompt, layer)
+    sizes(loaded, prompt, layer, position)
     st.divider()
     left, right = st.columns([7, 6], gap="large")
     with left:
@@ -52,7 +52,7 @@ def page() -> None:
 
 
 @panel
-def words(loaded: Loaded, prompt: str, texts: list[str], position: int) -> None:
+def words(loaded: Loaded, prompt: str, texts: list[str], layer: int, position: int) -> None:
     """The state lens of every layer at one token; a click chooses the layer."""
     reader = links.choice("reader", "own", READERS)
     st.segmented_control("As read by", list(READERS), format_func=READERS.get, key="reader", required=True)
@@ -60,7 +60,7 @@ def words(loaded: Loaded, prompt: str, texts: list[str], position: int) -> None:
     found = results_state.words(loaded.key, prompt, position, read_at)
     code = f"words = state_words(model, {prompt!r}, {position}, read_at={read_at})\nfigure = state_words_figure(words)"
     views.show(
-        clickable(state_words_figure(found)),
+        clickable(state_words_figure(found), (layer, 0)),
         "state_words",
         loaded,
         data=found,
@@ -91,7 +91,7 @@ def contents(loaded: Loaded, prompt: str, layer: int, position: int) -> None:
 
 
 @panel
-def sizes(loaded: Loaded, prompt: str, layer: int) -> None:
+def sizes(loaded: Loaded, prompt: str, layer: int, position: int) -> None:
     """How large the state is, and what another prompt changes."""
     second = links.choice("second", "")
     st.text_input(
@@ -105,7 +105,7 @@ def sizes(loaded: Loaded, prompt: str, layer: int) -> None:
         norms = results_state.norms(loaded.key, prompt)
         code = f"figure = norm_heatmap(state_norms(model, {prompt!r}))"
         views.show(
-            clickable(norm_heatmap(norms)),
+            clickable(norm_heatmap(norms), (layer, position)),
             "state_norms",
             loaded,
             data=norms,
