@@ -88,7 +88,7 @@ def following(
 
     Raises ValueError, before any run, for functions whose positions are not run, or where they do not act.
     """
-    points = [point for point in points if point.functions]
+    points = [point for point in points if point.functions or point.always_follows]
     for point in points:
         check_positions(point, timeline)
     reached = timeline.start

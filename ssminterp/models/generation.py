@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from ssminterp.models.follow import Recording, following
 from ssminterp.models.hook_points import HookPoint
 from ssminterp.models.timeline import Timeline
+from ssminterp.models.tracing.requests import is_in_a_trace
 
 # Options that choose among tokens at random, and so change nothing without do_sample.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
@@ -87,7 +88,8 @@ def generate(
     """
     given: dict[str, Any] = {} if cache is None else {"cache_params": cache}
     recorded = [] if recording is None else recording.hooks
-    if any(point.spec.short == "logits" and (point.is_listened_to or point in recorded) for point in points):
+    (logits,) = (point for point in points if point.spec.short == "logits")
+    if logits.is_listened_to or logits in recorded or is_in_a_trace(logits):
         given["logits_to_keep"] = 0  # all positions of the prompt, where one would be enough to go on from
     anew = options.get("use_cache") is False
     with following(lm, points, timeline, recording, anew), _seeded(seed):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssminterp.models.timeline import Window
+from ssminterp.models.tracing.requests import for_a_reader, is_requested, pass_by
 from ssminterp.positions import Positions, resolve_positions
 
 # (tensor, hook point) -> a replacement, or None to leave the tensor as it is
@@ -54,6 +55,9 @@ class HookPoint(nn.Module):
         the whole text then. None: the run is the whole text.
     """
 
+    # Whether it wants to know its window though no function is attached.
+    always_follows = False
+
     def __init__(self, spec: HookSpec, layer: int | None) -> None:
         super().__init__()
         self.spec = spec
@@ -83,14 +87,36 @@ class HookPoint(nn.Module):
         return found
 
     @property
-    def has_torch_hooks(self) -> bool:
-        """Whether torch's own hooks are registered here (nnsight's among them)."""
-        return bool(self._forward_hooks or self._forward_pre_hooks)
+    def is_read_from_outside(self) -> bool:
+        """Whether torch's own hooks are registered here, or an nnsight trace that runs now waits for the tensor."""
+        return bool(self._forward_hooks or self._forward_pre_hooks or is_requested(self, by_name=self.spec.on_demand))
 
     @property
     def is_listened_to(self) -> bool:
-        """Whether anything would see the tensor: functions, recorders or torch's own hooks."""
-        return bool(self.recorders or self.has_torch_hooks or self.acting)
+        """Whether anything would see the tensor: functions, recorders, torch's own hooks or an nnsight trace."""
+        return bool(self.recorders or self.is_read_from_outside or self.acting)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return super().__call__(for_a_reader(tensor) if self.is_read_from_outside else tensor)
+
+    @property
+    def output(self) -> Tensor:
+        """The tensor, in nnsight traces: there the model's hook points are envoys. Raises ValueError anywhere else."""
+        raise self._outside_of_a_trace()
+
+    @output.setter
+    def output(self, value: object) -> None:
+        raise self._outside_of_a_trace()
+
+    def _outside_of_a_trace(self) -> ValueError:
+        return ValueError(
+            f"{self.name}.output is there only in the code of `with model.trace(…):`, where the hook point must be "
+            "taken from the model anew. Elsewhere use run_with_cache and run_with_hooks"
+        )
+
+    def pass_by(self) -> None:
+        """Instead of a call, where nothing listens and the tensor is not computed."""
+        pass_by(self)
 
     def forward(self, tensor: Tensor) -> Tensor:
         acting = self.acting

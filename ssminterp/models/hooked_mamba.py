@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,7 @@ from ssminterp.models.config import ModelConfig
 from ssminterp.models.fingerprint import Fingerprint
 from ssminterp.models.follow import Recording, following
 from ssminterp.models.generation import check_options, check_padding, check_recordable, generate
-from ssminterp.models.hook_names import NamesFilter, match_names
+from ssminterp.models.hook_names import NamesFilter, match_names, nearest
 from ssminterp.models.hook_points import HookFunction, HookPoint, HookSpec, Recorder, Registered, attached
 from ssminterp.models.install import causal_lm, hook_specs, input_device, install_hooks, layer_devices
 from ssminterp.models.loading import load_hf
@@ -27,9 +27,13 @@ from ssminterp.models.memory import check_recording_fits
 from ssminterp.models.reading import in_chunks, read_chunks, tokens_in_pieces
 from ssminterp.models.state import ModelState
 from ssminterp.models.timeline import ApplyTo, Timeline
-from ssminterp.models.tokens import Text, check_tokens, decode_each, encode, excerpt
+from ssminterp.models.tokens import Text, check_tokens, decode_each, encode, excerpt, padded_left
+from ssminterp.models.tracing.access import Tracing, apart, traceable
 from ssminterp.models.verify import check_parity, logits_of
 from ssminterp.positions import Positions, resolve_positions
+
+if TYPE_CHECKING:
+    from ssminterp.models.tracing.envoys import MambaEnvoy
 
 # (names, function) or (names, function, positions)
 FwdHook: TypeAlias = tuple[NamesFilter, HookFunction] | tuple[NamesFilter, HookFunction, Positions]
@@ -68,6 +72,7 @@ class HookedMamba(nn.Module):
         self.training = hf_model.training
         self.cfg = ModelConfig.of(lm, model_name)
         self._fingerprint = Fingerprint()
+        self.tracing = Tracing()
         self.hook_points: dict[str, HookPoint]
         self.hook_points, undo = install_hooks(lm)
         with undo:
@@ -137,9 +142,18 @@ class HookedMamba(nn.Module):
         return causal_lm(self.hf_model)
 
     @property
-    def blocks(self) -> nn.ModuleList:
-        """The layers: `model.blocks[3].mixer.hook_delta` is the hook point of that name."""
-        return self.lm.backbone.layers
+    def blocks(self) -> Any:
+        """The layers: `model.blocks[3].mixer.hook_delta` is the hook point of that name, in a trace its envoy."""
+        return self.tracing.seen("blocks", self.lm.backbone.layers)
+
+    def __getattr__(self, name: str) -> Any:
+        """The hook points that belong to no layer, `model.hook_embed` among them."""
+        points = self.__dict__.get("hook_points", {})
+        if name in points:
+            return self.tracing.seen(name, points[name])
+        if name.startswith("hook_") and points:
+            raise AttributeError(f"no hook is called {name!r}. Nearest names: {', '.join(nearest(name, list(points)))}")
+        return super().__getattr__(name)
 
     @property
     def hook_specs(self) -> tuple[HookSpec, ...]:
@@ -185,7 +199,8 @@ class HookedMamba(nn.Module):
             raise ValueError("this model has no tokenizer: pass tokens, or give one to from_hf(hf_model, tokenizer)")
         return self.tokenizer
 
-    def _prepare(self, text: Input, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def prepare(self, text: Input, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Checked tokens [batch, pos] on the model's device, and their mask if some of them are padding."""
         if isinstance(text, Tensor):
             tokens = check_tokens(text, self.cfg.vocab)
         else:
@@ -201,6 +216,10 @@ class HookedMamba(nn.Module):
 
     # --- running -----------------------------------------------------------------------------------------------------
 
+    @apart
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
     def forward(
         self,
         text: Input,
@@ -213,7 +232,7 @@ class HookedMamba(nn.Module):
 
         Raises ValueError for tokens out of the vocabulary and for a state of another model or batch size.
         """
-        tokens, attention_mask = self._prepare(text, attention_mask)
+        tokens, attention_mask = self.prepare(text, attention_mask)
         if state is None:
             return self.hf_model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits
         timeline = _timeline(state, tokens.shape[1])
@@ -244,7 +263,7 @@ class HookedMamba(nn.Module):
 
         Raises ValueError if no hook matches, a position is out of range, or the recording would not fit in memory.
         """
-        tokens, attention_mask = self._prepare(text, forward_arguments.pop("attention_mask", None))
+        tokens, attention_mask = self.prepare(text, forward_arguments.pop("attention_mask", None))
         hooks = self._hooks_to_record(names_filter, layers)
         timeline = _timeline(forward_arguments.get("state"), tokens.shape[1])
         if timeline.start == 0 or positions is None:
@@ -320,6 +339,7 @@ class HookedMamba(nn.Module):
         with self.hooks([hook for intervention in interventions for hook in intervention.fwd_hooks(self, roles)]):
             yield self
 
+    @traceable
     def generate(
         self,
         text: Input,
@@ -331,6 +351,8 @@ class HookedMamba(nn.Module):
         **options: Any,
     ) -> Any:
         """Text for text, tokens [batch, prompt + new] for tokens, while the hooks and interventions attached act.
+
+        `with model.generate(…) as tracer:` is an nnsight trace of it; see `trace`.
 
         Positions count from the first token of the whole text, what `state` has read included; negative ones from the
         end of the prompt. So what acts at a position of a finished text acts in the same way while it is generated.
@@ -355,6 +377,7 @@ class HookedMamba(nn.Module):
         """
         return self._generate(text, max_new_tokens, state, apply_to, seed, None, options)[0]
 
+    @apart
     def generate_with_cache(
         self,
         text: Input,
@@ -421,11 +444,12 @@ class HookedMamba(nn.Module):
     def _to_continue(self, text: Input, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens that all end where new ones begin, and their mask."""
         if isinstance(text, Tensor):
-            tokens, mask = self._prepare(text, mask)
+            tokens, mask = self.prepare(text, mask)
             return tokens, torch.ones_like(tokens) if mask is None else mask
-        tokens, mask = _padded_left(*encode(self._tokenizer(), text))
+        tokens, mask = padded_left(*encode(self._tokenizer(), text))
         return tokens.to(self.device), mask.to(self.device)
 
+    @apart
     def read(
         self,
         text: Input | Iterator[str],
@@ -497,6 +521,36 @@ class HookedMamba(nn.Module):
         state.check_fits(self.cfg, self.fingerprint(), batch)
         return state.to_cache(self.lm.config, layer_devices(self.lm), self.cfg.dtype)
 
+    # --- nnsight -----------------------------------------------------------------------------------------------------
+
+    @property
+    def envoy(self) -> MambaEnvoy:
+        """The root of the model's nnsight envoys, which also has `edit`, `session`, and every module of the model.
+
+        Raises ImportError if nnsight is missing.
+        """
+        return self.tracing.envoy_of(self)
+
+    def trace(self, *text: Input, states: Positions | None = None, **arguments: Any) -> Any:
+        """`with model.trace("…"):`, an nnsight trace in which every hook point is an envoy under its own name.
+
+            with model.trace("Shelby gave an apple to", states=[2, -1]):
+                delta = model.blocks[3].mixer.hook_delta.output.save()  # [batch, pos, d_inner], read
+                model.blocks[3].mixer.hook_B.output *= 0.5  # replaced
+                model.blocks[3].mixer.hook_state.at[2].output[:] = 0  # [batch, d_inner, d_state]; later states follow
+                states = model.blocks[4].mixer.hook_state.output.save()  # [batch, len(states), d_inner, d_state]
+                logits = model.hook_logits.output.save()
+
+        With no text, each `with tracer.invoke("…"):` in it is an input; all run as one batch, and each sees its own
+        rows and positions. states: the positions that `hook_state.output` holds, None for all; `hook_state.at[p]`
+        needs none. arguments: those of `forward`.
+
+        The code runs along with the model, so it asks in the model's order. Raises ImportError if nnsight is missing.
+        """
+        if states is not None:
+            arguments["states"] = states
+        return self.envoy.trace(*text, **arguments)
+
 
 def _timeline(
     state: ModelState | None, length: int | None, new_tokens: int = 0, apply_to: ApplyTo = "both"
@@ -518,12 +572,3 @@ def _registered(fwd_hook: FwdHook) -> tuple[NamesFilter, Registered]:
         raise ValueError(f"a hook is (names, function) or (names, function, positions), got {fwd_hook!r}")
     names, function, *positions = fwd_hook
     return names, Registered(function, positions[0] if positions else None)
-
-
-def _padded_left(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Right padding moved to the left."""
-    if mask is None:
-        return tokens, torch.ones_like(tokens)
-    shifts = mask.shape[1] - mask.sum(1)
-    rolled = [(row.roll(int(s)), m.roll(int(s))) for row, m, s in zip(tokens, mask, shifts, strict=True)]
-    return torch.stack([row for row, _ in rolled]), torch.stack([m for _, m in rolled])

@@ -40,6 +40,15 @@ def encode(
     return tokens, None if mask.all() else mask
 
 
+def padded_left(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens and mask with right padding moved to the left."""
+    if mask is None:
+        return tokens, torch.ones_like(tokens)
+    shifts = mask.shape[1] - mask.sum(1)
+    rolled = [(row.roll(int(s)), m.roll(int(s))) for row, m, s in zip(tokens, mask, shifts, strict=True)]
+    return torch.stack([row for row, _ in rolled]), torch.stack([m for _, m in rolled])
+
+
 def decode_each(tokenizer: PreTrainedTokenizerBase, tokens: Int[Tensor, " pos"]) -> list[str]:
     """The text of every token by itself."""
     return [tokenizer.decode([int(t)]) for t in tokens]

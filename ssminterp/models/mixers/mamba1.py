@@ -23,8 +23,9 @@ from transformers.cache_utils import Cache
 
 from ssminterp.models.hook_points import HookPoint, HookSpec
 from ssminterp.models.mixers.scans import DiscretisedScan, SelectiveScan, Step
+from ssminterp.models.mixers.state_hook import StateHookPoint
 from ssminterp.models.mixers.state_reads import ReadHookPoint, StateReads
-from ssminterp.models.mixers.state_scan import StateHookPoint, scan_with_state_hooks
+from ssminterp.models.mixers.state_scan import scan_with_state_hooks
 
 D_INNER = ("batch", "pos", "d_inner")
 D_STATE = ("batch", "pos", "d_state")
@@ -131,6 +132,7 @@ class HookedMambaMixer(nn.Module):
             inputs = cache.update_conv_state(inputs, self.layer_idx, conv_kernel_size=self.d_conv)
         if self.hook_conv_taps.is_listened_to:
             return self._conv_by_taps(inputs, length)
+        self.hook_conv_taps.pass_by()
         conv = self.conv1d(inputs)[..., : inputs.shape[-1]]
         return conv[..., -length:].transpose(1, 2)
 
@@ -155,14 +157,19 @@ class HookedMambaMixer(nn.Module):
         B, C = self.hook_B(B), self.hook_C(C)
         D = self.D.float()
         if self.hook_A_bar.is_listened_to or self.hook_B_bar.is_listened_to:
-            scan: SelectiveScan | DiscretisedScan = self._discretised_scan(x, step.delta, B, C)
+            scan: SelectiveScan | DiscretisedScan = self._discretised_scan(x, step.size(), B, C)
             fused = False
         else:
-            # D and the gate ride in the scan's kernel if no hook wants what lies between.
-            fused = not (self.hook_y.is_listened_to or self.hook_ssm_out.is_listened_to)
+            self.hook_A_bar.pass_by()
+            self.hook_B_bar.pass_by()
+            # D and the gate ride in the scan's kernel if no hook wants what lies between. What a trace that waits for
+            # states asks for next is not known yet.
+            fused = not (self.hook_y.is_listened_to or self.hook_ssm_out.is_listened_to or self.hook_state.is_traced)
             scan = SelectiveScan(x, step, self.A(), B, C, D if fused else None, gate if fused else None)
         y, final_state = scan_with_state_hooks(scan, self.hook_state, x, self.d_state, initial_state)
         if fused:
+            self.hook_y.pass_by()
+            self.hook_ssm_out.pass_by()
             return y, final_state
         with self.hook_y.reading(StateReads(scan, self.hook_state, x, y, self.d_state, initial_state)):
             y = self.hook_y(y)
@@ -181,9 +188,10 @@ class HookedMambaMixer(nn.Module):
         else:
             delta, bias = self.dt_proj(dt), None
         step = Step(delta, bias, softplus=True)
-        if not any(hook.is_listened_to for hook in (self.hook_delta, self.hook_A_bar, self.hook_B_bar)):
-            return step
-        return Step(self.hook_delta(step.size()), None, softplus=False)
+        if any(hook.is_listened_to for hook in (self.hook_delta, self.hook_A_bar, self.hook_B_bar)):
+            return Step(self.hook_delta(step.size()), None, softplus=False)
+        self.hook_delta.pass_by()
+        return step
 
     def A(self) -> Float[Tensor, "d_inner d_state"]:
         """The state matrix's diagonal, -exp(A_log), in float32."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ssminterp.models.hook_points import HookPoint
 from ssminterp.models.mixers.scans import DiscretisedScan, SelectiveScan, Silence
-from ssminterp.models.mixers.state_scan import StateHookPoint, scan_with_writers, state_work
+from ssminterp.models.mixers.state_hook import StateHookPoint
+from ssminterp.models.mixers.state_scan import scan_with_writers, state_work
 
 
 class ForbiddenReads(NamedTuple):
@@ -73,6 +74,11 @@ class StateReads:
 
     def _read(self, forbidden: Sequence[ForbiddenReads]) -> Float[Tensor, "batch pos d_inner"]:
         """y at all positions with some reads forbidden; coordinates that differ in what is forbidden one by one."""
+        if changed := sorted(self.hook_state.at.changed):
+            raise ValueError(
+                f"a trace changed {self.hook_state.name} at positions {changed}, which cannot be "
+                "repeated for what a knockout lets its targets read: use the intervention patch or a hook function"
+            )
         everything = torch.ones(self.d_state, dtype=torch.bool)
         named = torch.stack([everything if one.coordinates is None else one.coordinates for one in forbidden])
         parts = []

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssminterp.models.hook_points import HookFunction, HookPoint
+from ssminterp.models.mixers.state_hook import PositionsOfOneScan, StateHookPoint
 from ssminterp.positions import resolve_positions
 from ssminterp.shapes import broadcasts
 from ssminterp_kernels.selective_scan import ScanOutput, StateEdits
@@ -19,13 +20,6 @@ States: TypeAlias = Literal["all"] | tuple[int, ...] | None
 
 # A scan over positions start to stop of one layer's inputs: (start, stop, initial_state, states, edits) -> output
 Scan: TypeAlias = Callable[[int, int, Tensor | None, States, StateEdits | None], ScanOutput]
-
-
-class StateHookPoint(HookPoint):
-    """The hook point of a state trajectory. Its functions run inside the scan, so calling it only shows the states."""
-
-    def forward(self, tensor: Tensor) -> Tensor:
-        return tensor
 
 
 class AffineStateHook:
@@ -66,13 +60,14 @@ class StateWork(NamedTuple):
     writers: dict[int, list[HookFunction]]
     readers: list[HookFunction]
     states: States
+    shown: tuple[int, ...] | None
 
     @property
     def all_writers(self) -> list[HookFunction]:
         return [function for functions in self.writers.values() for function in functions]
 
 
-def state_work(hook: HookPoint, length: int) -> StateWork:
+def state_work(hook: StateHookPoint, length: int) -> StateWork:
     """Sort a state hook's functions into writers by position and readers, and find which states must be kept."""
     writers: dict[int, list[HookFunction]] = {}
     acting = hook.acting
@@ -81,44 +76,68 @@ def state_work(hook: HookPoint, length: int) -> StateWork:
         for p in sorted(resolve_positions(positions, length) or ()):
             writers.setdefault(p, []).append(function)
     recorded = {p for recorder in hook.recorders for p in recorder.positions or ()}
-    everything = readers or hook.has_torch_hooks or any(r.positions is None for r in hook.recorders)
-    return StateWork(writers, readers, "all" if everything else tuple(sorted(recorded)) or None)
+    everything = bool(readers) or any(r.positions is None for r in hook.recorders)
+    shown = None
+    if hook.is_read_from_outside:
+        shown = resolve_positions(hook.shown, length)
+        everything = everything or shown is None
+        recorded.update(shown or ())
+    return StateWork(writers, readers, "all" if everything else tuple(sorted(recorded)) or None, shown)
 
 
 def scan_with_state_hooks(
     scan: Scan,
-    hook: HookPoint,
+    hook: StateHookPoint,
     x: Float[Tensor, "batch pos d_inner"],
     d_state: int,
     initial_state: Float[Tensor, "batch d_inner d_state"] | None,
 ) -> tuple[Float[Tensor, "batch pos d_inner"], Float[Tensor, "batch d_inner d_state"]]:
-    """Run `scan`, whose input is `x`, with the functions and recorders of `hook`; y and the final state.
+    """Run `scan`, whose input is `x`, with the functions, recorders and traces of `hook`; y and the final state.
 
     Affine writers go into the scan as edits. Other functions cut the sequence: the scan runs up to the position, the
-    function is called with the state there, and the scan goes on from what it returned.
+    function is called with the state there, and the scan goes on from what it returned. So do the positions that an
+    nnsight trace waits for.
     """
     batch, length, d_inner = x.shape
+    positions = PositionsOfOneScan(hook.at, length, 0 if hook.window is None else hook.window.begin)
     if not hook.is_listened_to:
+        positions.pass_by(length)
+        hook.pass_by()
         out = scan(0, length, initial_state, None, None)
         return out.y, out.final_state
     work = state_work(hook, length)
     for function in work.all_writers:
         if isinstance(function, AffineStateHook):
             function.check_fits((batch, d_inner, d_state), hook)
-    out = scan_with_writers(scan, hook, work, x, initial_state)
-    if out.states is not None:
+    out = scan_with_writers(scan, hook, work, x, initial_state, positions)
+    if hook.is_read_from_outside and (asked_late := state_work(hook, length)).states != work.states:
+        # A trace that waited for single positions now waits for the trajectory as well.
+        work = asked_late
+        out = out._replace(states=scan(0, length, initial_state, work.states, StateEdits.at(positions.cuts)).states)
+    if out.states is None:
+        hook.pass_by()
+    else:
         _show_states(hook, work, out.states)
     return out.y, out.final_state
 
 
 def scan_with_writers(
-    scan: Scan, hook: HookPoint, work: StateWork, x: Float[Tensor, "batch pos d_inner"], initial_state: Tensor | None
+    scan: Scan,
+    hook: StateHookPoint,
+    work: StateWork,
+    x: Float[Tensor, "batch pos d_inner"],
+    initial_state: Tensor | None,
+    positions: PositionsOfOneScan | None = None,
 ) -> ScanOutput:
-    """Run `scan` with the functions that change its state; nothing is shown to readers and recorders."""
+    """Run `scan` with the functions that change its state, and the traces that wait for it at single positions, if
+    they are given; nothing is shown to readers and recorders."""
     length = x.shape[1]
-    if all(isinstance(function, AffineStateHook) for function in work.all_writers):
-        return scan(0, length, initial_state, work.states, _fused_edits(work.writers, x.device))
-    return _scan_in_segments(scan, hook, work, length, initial_state)
+    positions = PositionsOfOneScan(None, length) if positions is None else positions
+    if positions.next() is None and all(isinstance(function, AffineStateHook) for function in work.all_writers):
+        out = scan(0, length, initial_state, work.states, _fused_edits(work.writers, x.device))
+        positions.pass_by(length)
+        return out
+    return _scan_in_segments(scan, hook, work, length, initial_state, positions)
 
 
 def _fused_edits(writers: dict[int, list[HookFunction]], device: torch.device) -> StateEdits | None:
@@ -138,7 +157,15 @@ def _fused_edits(writers: dict[int, list[HookFunction]], device: torch.device) -
     return StateEdits.at(composed)
 
 
-def _scan_in_segments(scan: Scan, hook: HookPoint, work: StateWork, length: int, state: Tensor | None) -> ScanOutput:
+def _scan_in_segments(
+    scan: Scan,
+    hook: StateHookPoint,
+    work: StateWork,
+    length: int,
+    state: Tensor | None,
+    positions: PositionsOfOneScan,
+) -> ScanOutput:
+    """The scan cut where functions or traces want the state."""
     ys: list[Tensor] = []
     kept: list[Tensor] = []
     start = 0
@@ -152,18 +179,27 @@ def _scan_in_segments(scan: Scan, hook: HookPoint, work: StateWork, length: int,
         start = stop
         return out.final_state
 
-    for p in sorted(work.writers):
+    while (p := _next_cut(work, positions, start)) is not None:
         if p > start:
             state = run(p)
         changed = scan(p, p + 1, state, None, None).final_state
-        for function in work.writers[p]:
+        for function in work.writers.get(p, ()):
             changed = hook.call(function, changed, position=p)
+        changed = positions.show(p, changed)
         # One step whose state is set outright: y, records and gradients at p all follow the changed state.
-        state = run(p + 1, StateEdits.at({0: (0.0, changed)}))
+        positions.cuts[p] = (0.0, changed)
+        state = run(p + 1, StateEdits.at({0: positions.cuts[p]}))
+    positions.pass_by(length)
     if start < length:
         state = run(length)
     assert state is not None
     return ScanOutput(torch.cat(ys, dim=1), torch.cat(kept, dim=1) if kept else None, state)
+
+
+def _next_cut(work: StateWork, positions: PositionsOfOneScan, start: int) -> int | None:
+    """The first position from `start` on whose state a function or a trace wants."""
+    cuts = [p for p in (*work.writers, positions.next()) if p is not None and p >= start]
+    return min(cuts, default=None)
 
 
 def _within(states: States, start: int, stop: int) -> States:
@@ -172,25 +208,36 @@ def _within(states: States, start: int, stop: int) -> States:
     return tuple(p - start for p in states if start <= p < stop) or None
 
 
-def _show_states(hook: HookPoint, work: StateWork, states: Float[Tensor, "batch n_kept d_inner d_state"]) -> None:
-    """Hand the states that were kept to readers and recorders, which must not change them."""
-    if work.readers or hook.has_torch_hooks:
+def _show_states(hook: StateHookPoint, work: StateWork, states: Float[Tensor, "batch n_kept d_inner d_state"]) -> None:
+    """Hand the states that were kept to readers, traces and recorders, which must not change them."""
+
+    def at(positions: Sequence[int] | None) -> Tensor:
+        rows = positions
+        if positions is not None and isinstance(work.states, tuple):
+            rows = [work.states.index(p) for p in positions]
+        return states if rows is None or list(rows) == list(range(states.shape[1])) else states[:, list(rows)]
+
+    read_from_outside = hook.is_read_from_outside
+    if work.readers or read_from_outside:
         if states.is_inference():
             # Only normal tensors count the changes made in place.
             with torch.inference_mode(False):
                 states = states.clone()
         version = states._version
-        replaced = [function(states, hook) is not None for function in work.readers]
-        if any(replaced) or hook(states) is not states or states._version != version:
+        replaced = [function(states, hook) for function in work.readers]
+        changed = any(replacement is not None for replacement in replaced)
+        if read_from_outside:
+            shown = at(work.shown)
+            shown_version = shown._version
+            changed |= hook(shown) is not shown or shown._version != shown_version
+        if changed or states._version != version:
             raise ValueError(
-                f"a hook function changed {hook.name} without naming positions, so it would not reach later "
-                "positions. Register it as (name, function, positions): it is then called with "
-                "[batch, d_inner, d_state] at each position, and the scan goes on from what it returns"
+                f"a hook function or trace changed {hook.name} without naming positions, so it would not reach later "
+                "positions. Register a function as (name, function, positions): it is then called with "
+                "[batch, d_inner, d_state] at each position, and the scan goes on from what it returns. In a trace, "
+                "change hook_state.at[position].output"
             )
-    row_of = {p: row for row, p in enumerate(work.states)} if isinstance(work.states, tuple) else None
+    if not read_from_outside:
+        hook.pass_by()
     for recorder in hook.recorders:
-        wanted: Sequence[int] | None = recorder.positions
-        if wanted is not None and row_of is not None:
-            wanted = [row_of[p] for p in wanted]
-        in_place = wanted is None or list(wanted) == list(range(states.shape[1]))
-        recorder.keep(hook, states if in_place else states[:, list(wanted or ())])
+        recorder.keep(hook, at(recorder.positions))
