@@ -57,6 +57,8 @@ def collect_activations(
     goes on after them, and after a finished collection with the texts that have been added. Blocks above the last hook
     are not run, nor is the unembedding, unless hooks there are chosen.
 
+    Within `model.intervene` or `model.hooks` it is the changed run that is written; the index says at which hooks.
+
     texts: any iterable, of strings, of mappings with the text under `text_field` (a Hugging Face dataset, streamed or
     not), or of tokens [pos]. A text without tokens is kept, and has no rows.
     hooks: short names ("state", "resid_post") or hook names and patterns. layers: only these.
@@ -72,6 +74,8 @@ def collect_activations(
     chosen = _chosen_hooks(model, hooks, layers)
     description = {
         "fingerprint": model.fingerprint(),
+        "model_dtype": str(model.cfg.dtype),
+        "changed_at": [name for name, hook in model.hook_points.items() if hook.functions],
         "hooks": {hook.name: [*hook.spec.axes[2:]] for hook in chosen},
         "positions": _positions_in_words(positions),
         "max_tokens": max_tokens,

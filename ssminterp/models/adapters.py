@@ -1,4 +1,4 @@
-"""PEFT adapters: a folder that holds a change to another checkpoint."""
+"""PEFT adapters: a folder that holds a change to another checkpoint, whatever else lies in it."""
 
 from __future__ import annotations
 

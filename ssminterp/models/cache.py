@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ssminterp.files import written_whole
 from ssminterp.models.hook_names import BLOCK_HOOKS, NamesFilter, match_names, nearest
 from ssminterp.positions import Positions, resolve_positions
 
@@ -110,10 +111,8 @@ class ActivationCache(Mapping[str, Tensor]):
             "start": str(self.start),
             "names": json.dumps(list(self)),
         }
-        try:
-            save_file(tensors, path, metadata)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be written: {error}") from error
+        with written_whole(Path(path)) as beside:
+            save_file(tensors, beside, metadata)
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> ActivationCache:

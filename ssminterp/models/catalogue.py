@@ -13,6 +13,7 @@ from huggingface_hub import constants, scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
 from ssminterp.checkpoints import BUNDLED, checkpoint_folder
+from ssminterp.models.adapters import ADAPTER_CONFIG
 from ssminterp.models.mixers import MIXERS
 from ssminterp.models.original_format import is_original, to_transformers_config
 
@@ -90,7 +91,7 @@ def _cached() -> list[Listed]:
             continue
         newest = max(repository.revisions, key=lambda revision: revision.last_modified)
         config = _read(newest.snapshot_path / "config.json")
-        is_adapter = not config and bool(_read(newest.snapshot_path / "adapter_config.json"))
+        is_adapter = bool(_read(newest.snapshot_path / ADAPTER_CONFIG))
         if is_adapter or _is_supported(config):
             parameters = None if is_adapter else count_parameters(config)
             found.append(Listed(repository.repo_id, "cached", parameters, repository.size_on_disk))

@@ -54,7 +54,7 @@ def load_hf(
     placement = _placement(device, device_map, max_memory, offload_folder)
     folder = checkpoint_files(name, revision, trust_remote_code=trust_remote_code)
     check_is_checkpoint(folder)
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         with _named_errors(name):
             base, base_revision = base_of(folder)
         base_model, base_tokenizer = load_hf(

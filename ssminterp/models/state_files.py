@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ssminterp.files import written_whole
 from ssminterp.versions import versions
 
 # What the metadata must hold, as JSON.
@@ -28,13 +28,8 @@ def write_state_file(path: str | Path, tensors: Mapping[str, Tensor], described:
     path = Path(path)
     metadata = {"kind": KIND} | {key: json.dumps(value) for key, value in described.items()}
     metadata |= versions()
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written_whole(path) as beside:
         save_file({name: _own_storage(tensor) for name, tensor in tensors.items()}, beside, metadata)
-        beside.replace(path)
-    except (SafetensorError, OSError) as error:
-        beside.unlink(missing_ok=True)
-        raise ValueError(f"{path} cannot be written: {error}") from error
 
 
 def read_state_file(path: str | Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ssminterp.files import written_whole
 from ssminterp.patching.request import Sweep
 
 DESCRIPTION = "sweep.json"
@@ -47,7 +47,8 @@ class Results:
         if self.folder is not None:
             path = self.folder / f"part-{self._n_parts:05d}.safetensors"
             tensors = {f"metric.{name}": value.contiguous() for name, value in values.items()}
-            _write_whole(path, tensors | {"cells": at[0], "columns": at[1]})
+            with written_whole(path) as beside:
+                save_file(tensors | {"cells": at[0], "columns": at[1]}, beside)
             self._n_parts += 1
 
     def _load(self, folder: Path) -> None:
@@ -86,9 +87,8 @@ def open_folder(folder: str | Path, description: Mapping[str, object]) -> Path:
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"out={str(path)!r} holds other files and no sweep: name a new or empty folder")
     path.mkdir(parents=True, exist_ok=True)
-    beside = path / f".{DESCRIPTION}.{os.getpid()}"
-    beside.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(written)
+    with written_whole(written) as beside:
+        beside.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
@@ -137,10 +137,3 @@ def _read_description(path: Path) -> dict[str, object]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def _write_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write beside, then rename: an interruption leaves no broken part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(dict(tensors), beside)
-    beside.replace(path)

@@ -35,6 +35,7 @@ def words_model(family: str = "mamba", seed: int = 0) -> HookedMamba:
 
 
 MODEL = words_model()
+HALF = HookedMamba.from_hf(words_model().hf_model.bfloat16(), MODEL.tokenizer)
 
 
 def collect(out: Path, texts: Any = TEXTS, model: HookedMamba = MODEL, **options: Any) -> ActivationDataset:
@@ -131,12 +132,31 @@ def test_layers_above_are_not_run(tmp_path: Path) -> None:
     assert not any(hook.functions or hook.recorders for hook in MODEL.hook_points.values())
 
 
+def test_what_interventions_change(tmp_path: Path) -> None:
+    """The changed run is what is written, and is not gone on with by one that is not changed."""
+    halved = [("blocks.0.mixer.hook_x", lambda tensor, hook: tensor / 2)]
+    with MODEL.hooks(halved):
+        data = collect(tmp_path)
+        check_rows(data)
+    with pytest.raises(ValueError, match=r"changed_at is \['blocks.0.mixer.hook_x'\] there and \[\] here"):
+        collect(tmp_path)
+    assert not torch.equal(data.all("blocks.0.mixer.hook_state"), collect(tmp_path / "plain").all(data.hooks[0]))
+
+
 def test_types(tmp_path: Path) -> None:
     data = collect(tmp_path / "half", dtype=torch.float16)
     exact = collect(tmp_path / "as it is")
     for name in data.hooks:
         assert data.all(name).dtype == torch.float16
         assert torch.equal(data.all(name), exact.all(name).half())
+
+
+def test_a_model_in_bfloat16(tmp_path: Path) -> None:
+    data = collect(tmp_path, model=HALF, hooks=["state", "gate"], batch_size=1)
+    assert data[0]["blocks.0.mixer.hook_state"].dtype == torch.float32
+    assert data[0]["blocks.0.mixer.hook_gate"].dtype == torch.bfloat16
+    cache = HALF.run_with_cache(TEXTS[0], data.hooks)[1]
+    assert all(torch.equal(data.all(name)[:6], cache[name][0]) for name in data.hooks)
 
 
 def test_rows_of_a_dataset_and_tokens(tmp_path: Path) -> None:
@@ -257,6 +277,7 @@ def test_a_finished_collection_is_not_run_again_and_can_grow(tmp_path: Path, mon
         ({"max_tokens": 4}, "max_tokens is None there and 4 here"),
         ({"dtype": torch.float16}, "dtype is None there"),
         ({"model": words_model(seed=1)}, "fingerprint is"),
+        ({"model": HALF}, "model_dtype is 'torch.float32' there and 'torch.bfloat16' here"),
         ({"texts": TEXTS[:5]}, "its texts 0 to 7 are not those given now"),
         ({"texts": ["Mary", *TEXTS[1:]]}, "its texts 0 to 7 are not those given now"),
     ],

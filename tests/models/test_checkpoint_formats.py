@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from checkpoint_formats import in_cache, use_cache, write_original, write_pickle
@@ -175,6 +178,15 @@ def test_an_adapter_of_the_original_format_on_the_hub(empty_cache: Path, tmp_pat
     check(model, expected)
 
 
+def test_an_adapter_beside_a_config(tmp_path: Path) -> None:
+    """As a training run leaves it: the folder has the base's config, and the base's weights are elsewhere."""
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    tiny_model().save_pretrained(base)
+    expected = write_adapter(folder, base)
+    shutil.copy(base / "config.json", folder)
+    check(HookedMamba.from_pretrained(folder, device="cpu"), expected)
+
+
 def test_an_adapter_trained_on_a_hooked_model(tmp_path: Path) -> None:
     """It names the bundled model, and not a folder of this machine."""
     model = HookedMamba.from_pretrained("nano-mamba", device="cpu")
@@ -281,3 +293,50 @@ def test_no_more_memory_than_was_allowed(tmp_path: Path) -> None:
     kept = sum(parameter.nbytes for parameter in model.parameters() if parameter.device.type != "meta")
     assert 0 < kept <= size // 2
     check(model, plain)
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+class Largest:
+    """The most memory of its own that this process has beyond what it began with; mapped files are not its own."""
+
+    def __enter__(self) -> "Largest":
+        self.start, self.bytes, self.stop = own_memory(), 0, threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    def watch(self) -> None:
+        while not self.stop.wait(0.001):
+            self.bytes = max(self.bytes, own_memory() - self.start)
+
+
+def own_memory() -> int:
+    memory = psutil.Process().memory_info()
+    return memory.rss - memory.shared
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts pages as Linux does")
+@pytest.mark.parametrize("kind", ["shards", "original"])
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.float32, 0.5), (torch.bfloat16, 1.5)], ids=str)
+def test_no_second_copy_in_memory(
+    kind: str, dtype: torch.dtype, copies: float, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """100 MB of float32: mapped from the file as they are, and copied once where their type changes."""
+    plain = tiny_model(hidden_size=512, num_hidden_layers=12, vocab_size=10_000)
+    if kind == "original":
+        ssm = {"d_state": 4, "d_conv": 3, "dt_rank": 2}
+        write_original(plain, tmp_path, d_model=512, n_layer=12, vocab_size=10_000, ssm_cfg=ssm)
+    else:
+        plain.save_pretrained(tmp_path, max_shard_size="20MB")
+    del plain
+    with Largest() as largest:
+        model = HookedMamba.from_pretrained(tmp_path, device="cpu", dtype=dtype, tokenizer=tokenizer, verify=False)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert weights > 4e7
+    assert largest.bytes < copies * weights

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ssminterp import HookedMamba, patch
+from ssminterp.activations import collect_activations
 from ssminterp.models.verify import TOLERANCE
 from tests.tiny_models import hooked_pair, random_tokens, tiny_model
 
@@ -62,3 +63,15 @@ def test_a_checkpoint_goes_straight_to_the_gpu(options: dict[str, str], tmp_path
     tokens = random_tokens(2, 9)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).cpu(), plain(tokens).logits, atol=1e-3, rtol=1e-4)
+
+
+def test_activations_collected_on_the_gpu(tmp_path: Path) -> None:
+    model = HookedMamba.from_hf(hooked_pair()[1].hf_model.cuda())
+    texts = [random_tokens(1, length, seed=length)[0] for length in (5, 9, 1, 7)]
+    data = collect_activations(model, texts, ["state", "resid_post"], tmp_path, batch_size=3, progress=False)
+    on_cpu = hooked_pair()[1]
+    for i in range(len(data)):
+        row = data[i]
+        _, cache = on_cpu.run_with_cache(texts[row["text"]], data.hooks, positions=row["position"])
+        for name in data.hooks:
+            torch.testing.assert_close(row[name], cache[name][0, 0], atol=1e-4, rtol=1e-4)

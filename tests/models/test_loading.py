@@ -182,6 +182,12 @@ def test_a_config_that_is_no_config(text: str, tmp_path: Path) -> None:
         HookedMamba.from_pretrained(tmp_path)
 
 
+def test_a_damaged_tokenizer(tmp_path: Path) -> None:
+    (saved(tmp_path) / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=f"cannot load '{tmp_path}'"):
+        HookedMamba.from_pretrained(tmp_path, device="cpu")
+
+
 def test_a_missing_weight(tmp_path: Path) -> None:
     edit_weights(saved(tmp_path), **{"backbone.layers.1.mixer.A_log": None})
     with pytest.raises(ValueError, match=r"do not fit its config: missing \['backbone.layers.1.mixer.A_log'\]"):
