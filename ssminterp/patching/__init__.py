@@ -5,6 +5,7 @@ from ssminterp.patching.cells import Scaled, Steered, cell_change, cell_logits, 
 from ssminterp.patching.columns import Column, position_columns, role_columns
 from ssminterp.patching.edges import edge_attribution, strongest_edges
 from ssminterp.patching.effects import compare_with_exact
+from ssminterp.patching.layers import ablate_layers, remove_layers, restore_layers
 from ssminterp.patching.metrics import Metric
 from ssminterp.patching.paths import path_patch
 from ssminterp.patching.results import strongest
@@ -15,6 +16,7 @@ __all__ = [
     "Metric",
     "Scaled",
     "Steered",
+    "ablate_layers",
     "attribution_patch",
     "cell_change",
     "cell_logits",
@@ -24,6 +26,8 @@ __all__ = [
     "patch_sweep",
     "path_patch",
     "position_columns",
+    "remove_layers",
+    "restore_layers",
     "role_columns",
     "strongest",
     "strongest_channels",
