@@ -8,7 +8,7 @@ layer's output, removal of layers one by one, and removal of cross-token communi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import pandas as pd
 import torch
@@ -24,7 +24,7 @@ from ssminterp.patching.metrics import Metric, Metrics, checked
 from ssminterp.patching.request import as_metrics, check_choice, sweep_specs, sweep_tokens
 from ssminterp.versions import versions
 
-LayerMethod: TypeAlias = Literal["zero", "mean", "resample"]
+LayerMethod: TypeAlias = Literal["zero", "mean", "position_mean", "resample"]
 
 
 @torch.no_grad()
@@ -43,7 +43,8 @@ def ablate_layers(
 
     prompts: texts, or tokens [batch, pos]. metric: one, or several as {name: metric}.
     hook: a short name; the default takes away what the layer adds to the residual stream.
-    method: "zero"; "mean", the hook's mean over prompts and positions; "resample", its values in `others`, prompt by
+    method: "zero"; "mean", the hook's mean over prompts and positions; "position_mean", that over prompts at each
+        position, which keeps what prompts built alike have in common; "resample", its values in `others`, prompt by
         prompt (for "resample" alone).
     layers: None means all.
 
@@ -53,7 +54,7 @@ def ablate_layers(
     Raises ValueError for unknown hooks, layers and methods, others of another shape, missing or given in vain, and a
     metric that does not give one number per prompt.
     """
-    check_choice("method", method, ("zero", "mean", "resample"))
+    check_choice("method", method, get_args(LayerMethod))
     if (others is not None) != (method == "resample"):
         raise ValueError(f"method={method!r} {'needs' if method == 'resample' else 'takes no'} others")
     tokens, values = sweep_tokens(model, prompts, prompts if others is None else others)
@@ -65,6 +66,8 @@ def ablate_layers(
         name = spec.name(layer)
         if method == "resample":
             return patch(name, model.run_with_cache(values, name)[1])
+        if method == "position_mean":
+            return patch(name, model.run_with_cache(tokens, name)[1][name].mean(0, keepdim=True))
         return ablate(name) if method == "zero" else ablate(name, method="mean", prompts=tokens)
 
     metrics = as_metrics(metric)

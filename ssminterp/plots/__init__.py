@@ -9,6 +9,7 @@ from ssminterp.plots.directions import probe_curves, substitution_curves
 from ssminterp.plots.drilldown import changed_tokens_figure, channel_map, parts_bars
 from ssminterp.plots.flow import flow_figure
 from ssminterp.plots.knockouts import knockout_curves
+from ssminterp.plots.layers import layer_curves, share_bars
 from ssminterp.plots.learn import forgetting_figure, held_at_the_end, state_map, state_steps, three_ways
 from ssminterp.plots.lenses import lens_heatmap, prediction_bars
 from ssminterp.plots.memory import half_life_heatmap, horizon_heatmap, spectrum_figure, step_heatmap, survival_curves
@@ -33,6 +34,7 @@ __all__ = [
     "held_at_the_end",
     "horizon_heatmap",
     "knockout_curves",
+    "layer_curves",
     "lens_heatmap",
     "norm_curve",
     "norm_heatmap",
@@ -43,6 +45,7 @@ __all__ = [
     "recall_lines",
     "save_html",
     "save_report",
+    "share_bars",
     "spectrum_figure",
     "state_distance_heatmap",
     "state_heatmap",

@@ -13,7 +13,8 @@ from plotly.offline import get_plotlyjs
 STYLE = """
 body { font-family: Inter, Helvetica, Arial, sans-serif; color: #1f2933 }
 body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .8rem; text-align: right }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .8rem; text-align: left; vertical-align: top }
 th { border-bottom: 1px solid #9aa5b1 } tr:nth-child(even) td { background: #f5f7fa }
 """
 
@@ -23,7 +24,8 @@ def save_report(path: Path, title: str, tables: Mapping[str, pd.DataFrame], figu
     path.parent.mkdir(parents=True, exist_ok=True)
     (path.parent / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
     parts = [
-        f"<h2>{escape(heading)}</h2>{table.to_html(index=False, border=0, float_format='{:.3f}'.format)}"
+        f"<h2>{escape(heading)}</h2>"
+        + table.to_html(index=False, border=0, justify="left", float_format="{:.3f}".format)
         for heading, table in tables.items()
     ]
     parts += [figure.to_html(full_html=False, include_plotlyjs=False) for figure in figures]

@@ -54,6 +54,14 @@ def test_ablations_are_those_of_the_interventions() -> None:
         model, tokens, third, "resid_pre", method="resample", others=others, layers=[0], progress=False
     )
     assert resampled["third"].item() == pytest.approx(float(third(model(others).detach()).mean()), abs=1e-4)
+    one = ablate_layers(model, tokens[:1], third, method="position_mean", progress=False)
+    np.testing.assert_allclose(one["third"], one["third"].attrs["baseline"], atol=1e-5)
+    name = "blocks.1.hook_mixer_out"
+    means = model.run_with_cache(tokens, name)[1][name].mean(0, keepdim=True).expand(3, -1, -1)
+    of_means = ablate_layers(model, tokens, third, method="position_mean", layers=[1], progress=False)
+    with torch.no_grad():
+        expected = third(model.run_with_hooks(tokens, [(name, lambda tensor, hook: means)])).mean()
+    assert of_means["third"].item() == pytest.approx(float(expected), abs=1e-5)
     same = ablate_layers(model, tokens, third, "y", method="resample", others=tokens, progress=False)
     np.testing.assert_allclose(same["third"], same["third"].attrs["baseline"], atol=1e-5)
 
