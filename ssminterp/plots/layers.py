@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from xarray import Dataset
 
-from ssminterp.plots.knockouts import COLOURS, MARKS
+from ssminterp.plots.curves import BASELINE, COLOURS, curve, layer_axis
 from ssminterp.plots.theme import themed
 
 
@@ -24,25 +24,13 @@ def layer_curves(ablations: Mapping[str, Dataset], metric: str, title: str | Non
     lacking = [name for name, found in ablations.items() if metric not in found]
     if lacking:
         raise ValueError(f"{lacking} have no variable {metric!r}: name one that all of them have")
-    figure = go.Figure()
+    figure, first = go.Figure(), next(iter(ablations.values()))
     for i, (name, found) in enumerate(ablations.items()):
-        figure.add_trace(
-            go.Scatter(
-                x=found["layer"].values,
-                y=found[metric].values,
-                name=name,
-                mode="lines+markers",
-                line={"color": COLOURS[i % len(COLOURS)], "width": 2},
-                marker={"symbol": MARKS[i % len(MARKS)], "size": 9},
-                hovertemplate=f"{name}<br>layer %{{x}}: %{{y:.3f}}<extra></extra>",
-            )
-        )
-    first = next(iter(ablations.values()))
+        figure.add_trace(curve(i, name, found["layer"].values.tolist(), found[metric].values))
     baseline = first[metric].attrs["baseline"]
-    figure.add_hline(baseline, line={"dash": "dot", "color": "#52606d", "width": 1.5})
-    figure.update_xaxes(title="ablated layer", dtick=1 if first.sizes["layer"] <= 26 else 4)
+    figure.add_hline(baseline, line=BASELINE)
+    layer_axis(figure, first["layer"].values.tolist(), "ablated layer")
     figure.update_yaxes(title=metric.replace("_", " "), rangemode="tozero")
-    figure.update_layout(height=420, width=min(1200, max(720, 300 + 26 * first.sizes["layer"])))
     subtitle = (
         f"{metric.replace('_', ' ')} of the unchanged model {baseline:.2f} (dotted) · {first.attrs['examples']} "
         f"prompts · {first.attrs['model']} ({first.attrs['dtype']})"
