@@ -519,7 +519,7 @@ class HookedMamba(nn.Module):
     def _cache_of(self, state: ModelState, batch: int) -> DynamicCache:
         """Raises ValueError if a batch of that size cannot go on from the state."""
         state.check_fits(self.cfg, self.fingerprint(), batch)
-        return state.to_cache(self.lm.config, layer_devices(self.lm), self.cfg.dtype)
+        return state.to_cache(self.lm.config, layer_devices(self.lm), self.lm.dtype)
 
     # --- nnsight -----------------------------------------------------------------------------------------------------
 

@@ -101,6 +101,9 @@ class Window:
 
     def local(self, positions: Positions) -> tuple[int, ...]:
         """Those of the positions that lie in this window, counted from its beginning."""
+        if isinstance(positions, int) and positions >= 0:
+            # An intervention on the state registers a function for each of its positions: at every step, all are asked.
+            return (positions - self.begin,) if self.begin <= positions < self.end else ()
         return tuple(p - self.begin for _, p in self.columns(self.timeline.resolve(positions)))
 
     def columns(self, resolved: Sequence[int]) -> list[tuple[int, int]]:

@@ -23,7 +23,6 @@ QUESTION = random_tokens(3, 4, seed=2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_state_comes_back_bit_by_bit(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = hooked(family).to(dtype)
-    model.cfg = dataclasses.replace(model.cfg, dtype=dtype)
     state = model.read(TOKENS)
     state.save(tmp_path / "state.safetensors")
     again = model.load_state(tmp_path / "state.safetensors")
