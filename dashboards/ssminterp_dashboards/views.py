@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 import xarray as xr
@@ -108,9 +109,15 @@ def take_along(key: str, figure: go.Figure | None, data: Data | None, snippet: s
 
 
 def as_csv(data: Data) -> str:
-    """One row per number, with its labels."""
-    table = data.to_dataframe(name=str(data.name or "value")) if isinstance(data, xr.DataArray) else data.to_dataframe()
-    return table.reset_index().to_csv(index=False)
+    """One row per number, with its labels; of arrays whose axes differ, one after the other with their names."""
+    if isinstance(data, xr.DataArray):
+        table = data.to_dataframe(name=str(data.name or "value")).reset_index()
+    elif any(set(array.dims) == set(data.dims) for array in data.values()):
+        table = data.to_dataframe().reset_index()
+    else:
+        parts = {str(name): array.to_dataframe(name="value").reset_index() for name, array in data.items()}
+        table = pd.concat(parts, names=["quantity"]).reset_index("quantity")
+    return table.to_csv(index=False)
 
 
 def as_netcdf(data: Data) -> bytes:

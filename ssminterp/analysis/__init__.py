@@ -10,7 +10,7 @@ from ssminterp.analysis.direct import (
     logit_direction,
 )
 from ssminterp.analysis.flow import flow_contributions
-from ssminterp.analysis.flow_graph import flow_graph, strongest_paths
+from ssminterp.analysis.flow_graph import edge_table, flow_graph, strongest_paths
 from ssminterp.analysis.flow_patching import flow_patches
 from ssminterp.analysis.knockouts import knockout_sweep
 from ssminterp.analysis.lenses import lens_summary, logit_lens, state_lens, top_tokens
@@ -36,6 +36,7 @@ __all__ = [
     "class_direction",
     "compare_states",
     "conv_contributions",
+    "edge_table",
     "flow_contributions",
     "flow_graph",
     "flow_patches",

@@ -69,6 +69,13 @@ def flow_graph(flow: xr.Dataset, threshold: float = 0.1, *, connected: bool = Tr
     return graph
 
 
+def edge_table(graph: nx.DiGraph) -> pd.DataFrame:
+    """The edges of a graph of `flow_graph` as rows, the strongest first: sender, receiver and the edges' attributes."""
+    table = nx.to_pandas_edgelist(graph, "sender", "receiver")
+    columns = ["sender", "receiver", "kind", "layer", "source", "target", "weight", "share"]
+    return table.reindex(columns=columns).sort_values("weight", key=abs, ascending=False, ignore_index=True)
+
+
 def one_flow(flow: xr.Dataset) -> xr.Dataset:
     """The flow without its batch axis. Raises ValueError if it holds several examples, or is no flow."""
     missing = [name for name in ("residual", "conv", "state", "skip", "total") if name not in flow]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import hooked, random_tokens
 
-from ssminterp.analysis import flow_contributions, flow_graph, strongest_paths
+from ssminterp.analysis import edge_table, flow_contributions, flow_graph, strongest_paths
 
 TOKENS = ["0 John", "1 and", "2 gave", "3 to"]
 
@@ -67,6 +67,16 @@ def test_strong_edges_that_lead_to_the_answer_are_kept() -> None:
     assert flow_graph(by_hand(), 0.25, connected=False).number_of_edges() == 7
     assert flow_graph(by_hand(), 0.65).number_of_edges() == 2
     assert flow_graph(by_hand(), 1.5).number_of_nodes() == 0
+
+
+def test_edges_as_a_table_the_strongest_first() -> None:
+    graph = flow_graph(by_hand(), 0.1)
+    table = edge_table(graph)
+    assert len(table) == graph.number_of_edges()
+    assert (np.diff(table["weight"].abs()) <= 0).all()
+    for edge in table.itertuples():
+        assert graph.edges[edge.sender, edge.receiver]["share"] == edge.share
+    assert edge_table(nx.DiGraph()).empty
 
 
 def test_a_path_is_as_strong_as_its_weakest_edge() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 import xarray as xr
 
-from ssminterp.analysis import strongest_paths
+from ssminterp.analysis import edge_table, strongest_paths
 from ssminterp.plots import answer_bars, clickable, contribution_heatmap, flow_figure, knockout_curves
 from ssminterp_dashboards import links, models, results, results_flow, snippets, views
 from ssminterp_dashboards.choices import choose_layer, choose_token, readable
@@ -84,7 +84,7 @@ def graph(loaded: Loaded, prompt: str, asked: Question) -> None:
         flow_figure(found),
         "flow_graph",
         loaded,
-        data=results_flow.flow(loaded.key, prompt, asked),
+        data=edge_table(found).to_xarray(),
         snippet=snippets.code(loaded, code, analysis=names, plots="flow_figure"),
         note="Norms, Δ, B, C and gates are held at what they were, so the edges add up to the whole exactly.",
     )
