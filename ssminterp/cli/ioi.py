@@ -25,6 +25,7 @@ def ioi(
     hooks: Annotated[str, typer.Option(help="short hook names, separated by commas")] = HOOKS,
     positions: Annotated[str, typer.Option(help="'roles', 'tokens' or 'both'")] = "both",
     out: Annotated[Path, typer.Option(help="folder for the figures")] = Path("out/ioi"),
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as saved)")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA if there is one by default")] = None,
     seed: Annotated[int, typer.Option(help="of the prompts")] = 0,
 ) -> None:
@@ -35,7 +36,7 @@ def ioi(
     if positions not in ("roles", "tokens", "both"):
         raise typer.BadParameter(f"--positions must be 'roles', 'tokens' or 'both', got {positions!r}")
     try:
-        _run(HookedMamba.from_pretrained(model, device=device), n, hooks.split(","), positions, out, seed)
+        _run(HookedMamba.from_pretrained(model, device=device, dtype=dtype), n, hooks.split(","), positions, out, seed)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -100,6 +100,14 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         HookedMamba.from_pretrained("someone/mamba")
 
 
+def test_no_network_but_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was fetched once loads when the hub cannot be reached, without being told so."""
+    cache = use_cache(monkeypatch, tmp_path, offline=False)
+    tiny_model().save_pretrained(in_cache(cache, "someone/mamba"))
+    point_at("http://127.0.0.1:9", monkeypatch)
+    assert same(HookedMamba.from_pretrained("someone/mamba", device="cpu"))
+
+
 def test_names_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_cache(monkeypatch, tmp_path)
     for name in ("a/b/c", "mamba 130m", ""):
