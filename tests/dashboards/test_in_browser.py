@@ -7,7 +7,14 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-from browser import chart, click_cell, launch_browser, serving, settle, why_not  # noqa: E402
+from ssminterp_dashboards.browser import (  # noqa: E402
+    chart,
+    click_cell,
+    launch_browser,
+    serving,
+    settle,
+    why_not,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 expect = playwright.expect

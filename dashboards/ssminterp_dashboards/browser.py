@@ -1,10 +1,14 @@
-"""The app in a real browser: a server on a free port, Debian's chromium, and what a reader does with the page."""
+"""Driving the app in a real browser, for tests, benchmark and screenshots: a server on a free port, Debian's chromium.
+
+It needs playwright, which is among the development extras, and no browser of playwright's own.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -15,7 +19,6 @@ from playwright.sync_api import Browser, Locator, Page, Playwright, expect
 
 from ssminterp_dashboards.launch import HOST, command, environment, free_port
 
-ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or "/usr/bin/chromium"
 IDLE = '[data-testid="stApp"][data-test-script-state="notRunning"]'
 # The machines that run this have two cores, which others share.
@@ -38,8 +41,7 @@ def launch_browser(playwright: Playwright) -> Browser:
 def serving(model: str = "tiny-mamba") -> Iterator[str]:
     """The address of an app that runs until the context ends."""
     port = free_port()
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "dashboards"), os.environ.get("PYTHONPATH", "")]
-    env = environment(model) | {"PYTHONPATH": os.pathsep.join(paths)}
+    env = environment(model) | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     server = subprocess.Popen(command(port), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for_answer(f"http://{HOST}:{port}/_stcore/health", server)
@@ -49,7 +51,7 @@ def serving(model: str = "tiny-mamba") -> Iterator[str]:
         server.wait(20)
 
 
-def wait_for_answer(address: str, server: subprocess.Popen, seconds: float = 90) -> None:
+def wait_for_answer(address: str, server: subprocess.Popen[bytes], seconds: float = 90) -> None:
     """Wait until the server answers. Raises RuntimeError if it ends or does not."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
