@@ -19,8 +19,6 @@ from ssminterp_dashboards.browser import chart, launch_browser, serving, settle
 
 IMAGES = Path(__file__).parent / "images"
 SIZE = {"width": 1280, "height": 1000}
-# Flat colours: so many are enough, and keep the files small.
-COLOURS = 192
 
 
 def run_sweep(page: Page) -> None:
@@ -51,9 +49,8 @@ def take(page: Page, address: str, name: str, scheme: str) -> Path:
     settle(page)
     page.mouse.move(0, 0)
     page.wait_for_timeout(1500)
-    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
     path = IMAGES / f"dashboard_{name}_{scheme}.png"
-    picture.save(path, optimize=True)
+    Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(path, optimize=True)
     return path
 
 

@@ -6,13 +6,23 @@ import streamlit as st
 import xarray as xr
 
 from ssminterp.analysis import lens_summary, step_sizes
-from ssminterp.tasks import TASKS, make_task
+from ssminterp.tasks import make_task
 from ssminterp_dashboards import models
 from ssminterp_dashboards.models import ModelKey
 
 # A map of layers × tokens is unreadable, and slow to draw, long before this.
 MAX_TOKENS = 1024
 N_RESULTS = 64
+TASK_LABELS = {
+    "ioi": "Indirect object (IOI): who is given the thing?",
+    "ioi_ensign": "Indirect object, three names",
+    "induction": "Induction: a list that repeats",
+    "key_value": "Recall: the value of a key",
+    "facts": "Facts: capitals",
+    "greater_than": "Greater than: years",
+    "pronouns": "Pronouns",
+    "passkey": "Passkey in a long text",
+}
 
 
 @st.cache_data(max_entries=N_RESULTS, show_spinner=False)
@@ -56,6 +66,6 @@ def task_prompts(key: ModelKey, task: str, n: int = 8, seed: int = 0) -> list[st
         return make_task(task, model.tokenizer, n=n, seed=seed).clean_prompts
 
 
-def task_names() -> list[str]:
-    """The tasks, IOI first."""
-    return list(TASKS)
+def task_label(task: str) -> str:
+    """A task in words."""
+    return TASK_LABELS.get(task, task)

@@ -31,13 +31,13 @@ def opening(loaded: Loaded, imports: str) -> str:
     )
 
 
-def predictions(loaded: Loaded, prompt: str) -> str:
-    """Next-token predictions at every token."""
+def predictions(loaded: Loaded, prompt: str, position: int) -> str:
+    """Next-token predictions after one token."""
     imports = "from ssminterp.analysis import lens_summary\nfrom ssminterp.plots import prediction_bars"
     return (
         opening(loaded, imports)
         + f"""top = lens_summary(model, {prompt!r}, k=10)
-figure = prediction_bars(top.isel(batch=0, layer=-1, position=-1))  # figure.show() opens a browser
+figure = prediction_bars(top.isel(batch=0, layer=-1, position={position}))  # figure.show() opens a browser
 """
     )
 

@@ -13,7 +13,7 @@ from ssminterp.plots.layers import layer_curves, share_bars
 from ssminterp.plots.learn import forgetting_figure, held_at_the_end, state_map, state_steps, three_ways
 from ssminterp.plots.lenses import lens_heatmap, prediction_bars
 from ssminterp.plots.memory import half_life_heatmap, horizon_heatmap, spectrum_figure, step_heatmap, survival_curves
-from ssminterp.plots.patching import patching_heatmap
+from ssminterp.plots.patching import patching_heatmap, strongest_columns
 from ssminterp.plots.report import save_report
 from ssminterp.plots.states import compare_curves, norm_curve, norm_heatmap, state_heatmap, state_words_figure
 from ssminterp.plots.theme import save_html
@@ -53,6 +53,7 @@ __all__ = [
     "state_steps",
     "state_words_figure",
     "step_heatmap",
+    "strongest_columns",
     "strongest_part",
     "substitution_curves",
     "survival_curves",

@@ -50,9 +50,23 @@ def patching_heatmap(sweep: DataArray, title: str | None = None) -> go.Figure:
     )
     figure.update_yaxes(title="layer", dtick=1)
     hook = str(sweep["hook"].item()) if "hook" in sweep.coords else "hook"
-    figure.update_layout(height=220 + 34 * moved.shape[0], width=max(620, 160 + 46 * moved.shape[1]))
+    # Tall enough for a layer's number, but no taller than a screen if that can be.
+    row = max(14, min(34, 800 // moved.shape[0]))
+    figure.update_layout(height=220 + row * moved.shape[0], width=max(620, 160 + 46 * moved.shape[1]))
     subtitle = (
         f"{metric}: clean {clean:.2f}, corrupted {corrupted:.2f} · "
         f"{sweep.attrs['examples']} prompt pairs · {sweep.attrs['model']} ({sweep.attrs['dtype']})"
     )
     return themed(figure, title or f"Patching {hook}, {source} into {changed}", subtitle)
+
+
+def strongest_columns(sweep: DataArray, n: int) -> list[int]:
+    """The `n` columns of a map in which a cell differs most from the run that was changed, in their order.
+
+    sweep: as for `patching_heatmap`. Raises ValueError if n is no positive number.
+    """
+    if n < 1:
+        raise ValueError(f"n={n} columns were asked for: at least 1")
+    changed, _ = changed_and_source(sweep)
+    size = np.nanmax(np.abs(sweep.transpose("layer", "position").values - sweep.attrs[changed]), axis=0, initial=0.0)
+    return sorted(int(i) for i in np.argsort(-size, kind="stable")[:n])

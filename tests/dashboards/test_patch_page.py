@@ -116,3 +116,12 @@ def test_bad_prompts_get_a_message(options: dict[str, str], message: str) -> Non
     app = open_page("patch", **OWN | options)
     assert message in errors(app)
     assert [button for button in app.button if button.label == "Run"], "the page goes on"
+
+
+def test_a_map_with_many_columns_shows_the_strongest_and_has_a_way_to_the_rest() -> None:
+    app = run(open_page("patch", model="nano-mamba", n="1", task="passkey", hooks="x"))
+    assert errors(app) == ""
+    assert len(charts(app)["map"]["data"][0]["x"]) == 48
+    app.toggle(key="all_tokens").set_value(True).run()
+    assert errors(app) == ""
+    assert len(charts(app)["map"]["data"][0]["x"]) > 90

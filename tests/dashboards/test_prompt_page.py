@@ -1,9 +1,12 @@
 """The page Prompt: what it shows, what a choice changes, and what bad input meets."""
 
 import json
+from pathlib import Path
 
 import pytest
-from dashboard_app import charts, errors, open_page
+from dashboard_app import charts, errors, open_page, run_snippets
+
+from ssminterp_dashboards.launch import MODEL_VARIABLE
 
 SHORT = "Shelby gave an apple to"
 
@@ -14,6 +17,23 @@ def test_the_page_opens_with_a_prompt_and_its_views() -> None:
     assert set(charts(app)) == {"predictions", "steps", "lens"}
     best = charts(app)["predictions"]["data"][0]["y"]
     assert best[0] == "1. Emma"
+    assert run_snippets(app) == 3
+
+
+def test_a_long_prompt_is_shown_in_windows() -> None:
+    prompt = " ".join(["Shelby gave an apple to Emma."] * 20)
+    app = open_page("prompt", prompt=prompt, model="nano-mamba", token="7", **{"from": "5"})
+    assert errors(app) == ""
+    assert len(app.button_group(key="token").options) == 48
+    shown = charts(app)
+    assert shown["lens"]["data"][0]["x"][0].startswith("5 ")
+    assert len(shown["steps"]["data"][0]["x"]) == 48
+    captions = " ".join(c.value for c in app.caption)
+    assert "after “7 " in captions
+    assert "The text goes on with" in captions
+    app.slider(key="from").set_value(60).run()
+    assert errors(app) == ""
+    assert app.button_group(key="token").value == 107
 
 
 def test_a_link_opens_the_view_that_it_was_copied_from() -> None:
@@ -49,6 +69,17 @@ def test_bad_input_gives_a_message(query: dict[str, str], message: str) -> None:
     app = open_page("prompt", **query)
     assert message in errors(app)
     assert not charts(app)
+
+
+def test_a_checkpoint_that_cannot_be_loaded_gives_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}')
+    monkeypatch.setenv(MODEL_VARIABLE, str(tmp_path))
+    app = open_page("prompt")
+    assert str(tmp_path) in errors(app)
+    assert not charts(app)
+    app.selectbox(key="model").set_value("nano-mamba").run()
+    assert errors(app) == ""
+    assert charts(app)
 
 
 def test_an_empty_prompt_says_what_to_do() -> None:

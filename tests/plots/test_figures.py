@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from xarray import DataArray
 
-from ssminterp.plots import patching_heatmap, save_html, save_report
+from ssminterp.plots import patching_heatmap, save_html, save_report, strongest_columns
 
 
 @pytest.fixture
@@ -38,6 +38,13 @@ def test_the_other_direction_counts_from_the_clean_run(sweep: DataArray) -> None
     figure = patching_heatmap(sweep.assign_attrs(direction="corrupted_to_clean"))
     np.testing.assert_allclose(figure.data[0].z, [[1.0, 0.5, 0.0], [0.75, 1.25, -1.0]])
     assert "corrupted into clean" in figure.layout.title.text
+
+
+def test_the_strongest_columns_keep_their_order(sweep: DataArray) -> None:
+    assert strongest_columns(sweep, 2) == [1, 2]
+    assert strongest_columns(sweep.assign_attrs(direction="corrupted_to_clean"), 1) == [1]
+    with pytest.raises(ValueError, match="n=0"):
+        strongest_columns(sweep, 0)
 
 
 def test_what_cannot_be_shown_is_refused(sweep: DataArray) -> None:

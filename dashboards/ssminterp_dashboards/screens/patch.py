@@ -15,9 +15,10 @@ from ssminterp.plots import (
     clickable,
     parts_bars,
     patching_heatmap,
+    strongest_columns,
 )
 from ssminterp.tasks import TASKS
-from ssminterp_dashboards import links, models, snippets, sweeps, views
+from ssminterp_dashboards import links, models, results, snippets, sweeps, views
 from ssminterp_dashboards.errors import guarded, panel
 from ssminterp_dashboards.jobs import Job
 from ssminterp_dashboards.models import Loaded
@@ -26,6 +27,8 @@ from ssminterp_dashboards.text import plain
 
 # A job that is over so soon is shown without a progress bar.
 SOON = 1.2
+# More columns than this cannot be read.
+MOST_COLUMNS = 48
 OWN = "my own prompts"
 FIRST_HOOKS = ("state", "x", "delta", "B", "C", "gate", "y", "mixer_out", "resid_pre")
 ARROWS = {"clean_to_corrupted": "clean → corrupted", "corrupted_to_clean": "corrupted → clean"}
@@ -58,7 +61,7 @@ def page() -> None:
 def choose(loaded: Loaded) -> tuple[Request, list[str]]:
     """The controls on the left: prompts, hooks, what to do, how to measure it."""
     source = links.choice("task", "ioi", [*TASKS, OWN])
-    st.selectbox("Prompts", [*TASKS, OWN], key="task")
+    st.selectbox("Prompts", [*TASKS, OWN], format_func=results.task_label, key="task")
     pairs = own_prompts() if source == OWN else task_prompts(source)
     names = [spec.short for spec in loaded.model.hook_specs if spec.place != "model"]
     names = [*FIRST_HOOKS, *(name for name in names if name not in FIRST_HOOKS)]
@@ -209,29 +212,42 @@ def explore(loaded: Loaded, request: Request, hooks: list[str], sweep: xr.DataAr
     top = strongest(sweep, n=1, hooks=[hook]).iloc[0]
     layer = links.choice("cell_layer", int(top["layer"]), range(one.sizes["layer"]))
     column = links.choice("cell_token", labels.index(str(top["position"])), range(len(labels)))
-    chosen = (layer, column)
+    shown = columns_shown(one)
     views.show(
-        clickable(patching_heatmap(one), chosen),
+        clickable(
+            patching_heatmap(one.isel(position=shown)), (layer, shown.index(column)) if column in shown else None
+        ),
         "map",
         loaded,
         data=sweep,
         snippet=snippets.sweep(loaded, request, [hook, *(other for other in hooks if other != hook)]),
-        note=f"{sweeps.METRICS[request.metric]}; {sweeps.INTERVENTIONS[request.intervention]}. "
-        ":material/touch_app: Click a cell to see it from near.",
-        on_click=_choose,
+        note=f"{sweeps.METRICS[request.metric]}; {sweeps.INTERVENTIONS[request.intervention]}  \nStrongest: layer "
+        f"{top['layer']} at {plain(str(top['position']))}, {top['moved']:.0%} of the way. :material/touch_app: Click a "
+        "cell to see it from near.",
+        on_click=lambda row, place: _choose(row, shown[place]),
         in_panel=True,
     )
     if request.intervention == "patch":
-        beside(loaded, request, hook, sweep)
+        beside(loaded, request, hook, sweep, shown)
     st.divider()
     drill_down(loaded, request, hook, layer, column, labels)
+
+
+def columns_shown(one: xr.DataArray) -> list[int]:
+    """The columns of a map that can be read: the strongest of many, unless the reader wants all."""
+    n = one.sizes["position"]
+    if n <= MOST_COLUMNS:
+        return list(range(n))
+    everything = links.choice("all_tokens", False)
+    st.toggle(f"All {n} tokens, not only the {MOST_COLUMNS} where most changes", key="all_tokens")
+    return list(range(n)) if everything else strongest_columns(one, MOST_COLUMNS)
 
 
 def _choose(row: int, column: int) -> None:
     st.session_state["cell_layer"], st.session_state["cell_token"] = row, column
 
 
-def beside(loaded: Loaded, request: Request, hook: str, sweep: xr.DataArray) -> None:
+def beside(loaded: Loaded, request: Request, hook: str, sweep: xr.DataArray, shown: list[int]) -> None:
     """Attribution's estimate of the same map, and how far it agrees."""
     wanted = links.choice("attribution", False)
     st.toggle("Attribution beside it (one gradient instead of one run per cell)", key="attribution")
@@ -240,7 +256,7 @@ def beside(loaded: Loaded, request: Request, hook: str, sweep: xr.DataArray) -> 
     effects = sweeps.attribution(request, hook)
     agreement = compare_with_exact(effects, sweep.sel(hook=[hook])).iloc[0]
     views.show(
-        patching_heatmap(effects.sel(hook=hook), title=f"Attribution: {hook}, estimated"),
+        patching_heatmap(effects.sel(hook=hook).isel(position=shown), title=f"Attribution: {hook}, estimated"),
         "attribution_map",
         loaded,
         data=effects,
