@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ssminterp.models import HookedMamba
+from ssminterp.patching.stages import linear
 
 Metric: TypeAlias = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
 Metrics: TypeAlias = Mapping[str, Metric]
@@ -61,7 +62,7 @@ class Readout:
     def logits(self, residual: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
         """Final norm and output layer, as the Hugging Face model applies them."""
         lm: Any = self.model.lm
-        return lm.lm_head(lm.backbone.norm_f(residual).to(lm.lm_head.weight.dtype)).float()
+        return linear(lm.lm_head, lm.backbone.norm_f(residual).to(lm.lm_head.weight.dtype)).float()
 
     def values(
         self, residual: Float[Tensor, "cells batch n_reads d_model"], max_logits: int

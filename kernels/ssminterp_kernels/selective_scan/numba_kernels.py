@@ -179,18 +179,27 @@ def _forward(
     state, exponent = np.zeros((d_state, BLOCK), np.float32), np.zeros((d_state, BLOCK), np.float32)
     step, inflow = np.zeros((TILE, BLOCK), np.float32), np.zeros((TILE, BLOCK), np.float32)
     out = np.zeros((TILE, BLOCK), np.float32)
+    # x and z, whose strides the compiler does not know, are copied before any arithmetic, which it then vectorises.
+    row = np.zeros(BLOCK, np.float32)
+    loaded = -1
     while True:
         task = _next_task(counter)
         if task >= n_tasks:
             break
-        b, group, _, first, width = _block_of(task, d_inner, n_groups)
+        # Blocks outermost: a thread that goes on to another element mostly keeps the exponents that it has.
+        block, b = divmod(task, x.shape[0])
+        _, group, _, first, width = _block_of(block, d_inner, n_groups)
         last = first + width
-        for c in range(BLOCK):
-            for i in range(TILE):
-                step[i, c] = inflow[i, c] = out[i, c] = _ZERO
+        if block != loaded:
+            step[:], inflow[:], out[:], state[:], exponent[:] = _ZERO, _ZERO, _ZERO, _ZERO, _ZERO
             for n in range(d_state):
-                exponent[n, c] = A[first + c, n] * _LOG2_E if c < width else _ZERO
-                state[n, c] = initial_state[b, first + c, n] if c < width else _ZERO
+                for c in range(width):
+                    exponent[n, c] = A[first + c, n] * _LOG2_E
+            loaded = block
+        for n in range(d_state):
+            state_n, initial_n = state[n], initial_state[b, first:last, n]
+            for c in range(width):
+                state_n[c] = initial_n[c]
         skip, bias = D[first:last], delta_bias[first:last]
         for start in range(0, length, TILE):
             stop = min(start + TILE, length)
@@ -209,8 +218,10 @@ def _forward(
                     for c in range(width):
                         step_t[c] = softplus(step_t[c])
                 for c in range(width):
-                    inflow_t[c] = step_t[c] * x_t[c]
-                    out_t[c] = skip[c] * x_t[c]
+                    row[c] = x_t[c]
+                for c in range(width):
+                    inflow_t[c] = step_t[c] * row[c]
+                    out_t[c] = skip[c] * row[c]
             if plain:
                 _advance_tile(state, exponent, step, inflow, out, B[b, start:stop, group], C[b, start:stop, group])
             else:
@@ -230,13 +241,16 @@ def _forward(
                 y_t, out_t, z_t = y[b, t, first:last], out[t - start], z[b, t, first:last]
                 if gated:
                     for c in range(width):
-                        y_t[c] = out_t[c] * z_t[c] / (_ONE + exp2(-z_t[c] * _LOG2_E))
+                        row[c] = z_t[c]
+                    for c in range(width):
+                        y_t[c] = out_t[c] * row[c] / (_ONE + exp2(-row[c] * _LOG2_E))
                 else:
                     for c in range(width):
                         y_t[c] = out_t[c]
-        for c in range(width):
-            for n in range(d_state):
-                final_state[b, first + c, n] = state[n, c]
+        for n in range(d_state):
+            state_n, final_n = state[n], final_state[b, first:last, n]
+            for c in range(width):
+                final_n[c] = state_n[c]
 
 
 @njit(fastmath={"contract"}, error_model="numpy")
