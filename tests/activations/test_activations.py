@@ -306,14 +306,22 @@ def test_a_folder_of_other_things(tmp_path: Path) -> None:
 
 
 FILL_THE_DISK = """
-import sys
-from tiny_models import hooked, random_tokens
-from ssminterp.activations import ActivationDataset, collect_activations
+import sys, torch
+from ssminterp.activations import ActivationDataset
+from ssminterp.activations.folder import Part, Read, Writer
+writer = Writer(sys.argv[1], {"fingerprint": "", "hooks": {"hook_embed": ["d_model"]}}, "none")
+rows = torch.arange(3)
 try:
-    collect_activations(hooked(), list(random_tokens(60, 6)), "state", sys.argv[1], batch_size=3, shard_bytes=1)
+    while True:
+        part = Part()
+        columns = {"row.text": rows + writer.n_texts, "row.position": 0 * rows, "row.token": rows}
+        part.add([Read("text", rows[:1])] * 3, columns | {"hook_embed": torch.randn(3, 1000)})
+        writer.write(part)
 except ValueError as error:
     print(error)
-print(ActivationDataset(sys.argv[1], partial=True).n_texts)
+data = ActivationDataset(sys.argv[1], partial=True)
+assert len(data) == data.n_texts and data.all("hook_embed").isfinite().all()
+print(data.n_texts)
 """
 
 
@@ -325,8 +333,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         subprocess.run([*mount, "mount -t tmpfs -o size=100k none $1", "sh", str(tmp_path)], check=True)
     except (FileNotFoundError, subprocess.CalledProcessError):
         pytest.skip("needs Linux that lets users mount a file system of their own")
-    tests = Path(__file__).parent.parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(tests)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [*mount, *fill, sys.executable, FILL_THE_DISK]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     said, n_texts, *there = done.stdout.splitlines()

@@ -322,8 +322,11 @@ def own_memory() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts pages as Linux does")
-@pytest.mark.parametrize("kind", ["shards", "original"])
-@pytest.mark.parametrize(("dtype", "copies"), [(torch.float32, 0.5), (torch.bfloat16, 1.5)], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "copies"),
+    [("shards", torch.float32, 0.5), ("shards", torch.bfloat16, 1.5), ("original", torch.bfloat16, 1.5)],
+    ids=str,
+)
 def test_no_second_copy_in_memory(
     kind: str, dtype: torch.dtype, copies: float, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
