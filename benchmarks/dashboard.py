@@ -1,6 +1,6 @@
 """What a reader of the dashboards waits for, in a real browser, on the bundled tiny-mamba.
 
-    python benchmarks/dashboard.py
+    python benchmarks/dashboard.py [repeats]
 
 first page: from the server's first answer to a page whose figures are drawn. new prompt: from Enter to the new
 figures. map: from Run to the layer × position map of IOI, one hook, 8 pairs. drill-down: from a click on a cell to
@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,6 @@ from ssminterp_dashboards.browser import chart, click_cell, launch_browser, serv
 REPEATS = 5
 WANTED = {"first page": 5.0, "new prompt": 1.5, "map": 3.0, "drill-down": 1.0}
 PROMPTS = ("Shelby", "Emma", "Jerry", "Rachel", "Molly")
-# The text of a page's caption is there as soon as its figures are.
 DRAWN = "() => [...document.querySelectorAll('.js-plotly-plot')].every(plot => plot.querySelector('.main-svg'))"
 
 
@@ -88,20 +88,20 @@ def drill_down(page: Page, layer: int, token: int) -> float:
     return seconds
 
 
-def main() -> None:
+def main(repeats: int) -> None:
     times: dict[str, list[float]] = {name: [] for name in WANTED}
     with sync_playwright() as started:
         browser = launch_browser(started)
         first_page(browser)
-        times["first page"] = [first_page(browser) for _ in range(REPEATS)]
+        times["first page"] = [first_page(browser) for _ in range(repeats)]
         with serving() as address:
             page = browser.new_page(viewport={"width": 1280, "height": 900})
             page.goto(address)
             settle(page)
-            times["new prompt"] = [new_prompt(page, name) for name in PROMPTS]
+            times["new prompt"] = [new_prompt(page, name) for name in PROMPTS[:repeats]]
             sweep(page, address, 99)
-            times["map"] = [sweep(page, address, seed) for seed in range(REPEATS)]
-            times["drill-down"] = [drill_down(page, layer, layer + 3) for layer in range(REPEATS)]
+            times["map"] = [sweep(page, address, seed) for seed in range(repeats)]
+            times["drill-down"] = [drill_down(page, layer, layer + 3) for layer in range(repeats)]
         browser.close()
     table = pd.DataFrame(
         {
@@ -116,7 +116,7 @@ def main() -> None:
     machine = {
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
+        "load at the end": os.getloadavg()[0],
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "streamlit", "plotly", "playwright")},
     }
@@ -127,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else REPEATS)

@@ -27,6 +27,8 @@ def command(port: int) -> list[str]:
         "client.showErrorDetails": "none",
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
+    # A page of another site whose name leads here (DNS rebinding) must not reach the app.
+    flags += [f"--server.allowedHosts={host}" for host in (HOST, "127.0.0.1", "[::1]")]
     return [sys.executable, "-m", "ssminterp_dashboards.serve", *flags]
 
 

@@ -102,7 +102,7 @@ def prediction_bars(top: Dataset, title: str | None = None) -> go.Figure:
     figure.update_xaxes(
         title="probability of being the next token", tickformat=".0%", range=[0, 1.12 * max(probabilities)]
     )
-    figure.update_yaxes(type="category", autorange="reversed", automargin=True)
+    figure.update_yaxes(type="category", autorange="reversed", automargin=True, showgrid=False)
     figure.update_layout(height=150 + 27 * len(probabilities), width=560, bargap=0.3)
     attrs = top.attrs
     layer = str(top["layer"].item()) if "layer" in top.coords else ""

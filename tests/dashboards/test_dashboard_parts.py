@@ -1,7 +1,9 @@
 """What the pages are made of: safe text, links, jobs, which models a browser may open, how the server is started."""
 
+import gc
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,7 @@ def test_a_folder_is_opened_only_if_the_app_was_started_with_it(
 
 def test_the_server_is_for_this_machine_only_and_reports_to_nobody() -> None:
     command = launch.command(8600)
+    assert "--server.allowedHosts=localhost" in command
     for flag in ("--server.address=localhost", "--browser.gatherUsageStats=false", "--client.showErrorDetails=none"):
         assert flag in command
     assert launch.free_port() > 0
@@ -86,6 +89,15 @@ def test_models_are_loaded_once_and_run_one_at_a_time() -> None:
     with loaded.ready():
         other.start()
         assert not entered.wait(0.2)
+
+
+def test_only_so_many_models_are_held_and_the_others_are_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = weakref.ref(models.load(models.ModelKey("nano-mamba", dtype="bfloat16")).model)
+    assert first() is not None
+    others = [models.load(models.ModelKey(name)) for name in ("nano-mamba", "tiny-mamba")]
+    assert len(others) == models.N_MODELS
+    gc.collect()
+    assert first() is None
 
 
 def test_turns_are_taken_in_the_order_of_asking_and_can_be_nested() -> None:

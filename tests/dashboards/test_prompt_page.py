@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from dashboard_app import charts, errors, open_page, run_snippets
 
+from ssminterp import HookedMamba
 from ssminterp_dashboards.launch import MODEL_VARIABLE
 
 SHORT = "Shelby gave an apple to"
@@ -54,6 +55,19 @@ def test_choices_become_part_of_the_link() -> None:
     assert app.query_params["prompt"] == SHORT
     assert app.query_params["token"] == "2"
     assert "after “2 an" in " ".join(c.value for c in app.caption)
+
+
+def test_nothing_is_run_again_by_an_unrelated_click(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    forward = HookedMamba.forward
+    monkeypatch.setattr(HookedMamba, "forward", lambda *args, **kw: runs.append(1) or forward(*args, **kw))
+    app = open_page("prompt", prompt="Rachel gave an apple to")
+    assert runs
+    runs.clear()
+    app.button_group(key="token").set_value(1).run()
+    app.button_group(key="step").set_value("decay").run()
+    assert errors(app) == ""
+    assert not runs
 
 
 @pytest.mark.parametrize(

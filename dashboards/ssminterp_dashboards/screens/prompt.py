@@ -39,6 +39,9 @@ def page() -> None:
     with right:
         step_strip(loaded, prompt, shown)
     lens(loaded, prompt, shown, position)
+    with st.container(horizontal=True):
+        st.page_link("screens/patch.py", label="Where is the answer kept?", icon=":material/grid_on:")
+        st.page_link("screens/learn.py", label="What is a state, what is Δ?", icon=":material/school:")
 
 
 def pick_prompt(loaded: Loaded) -> None:
