@@ -134,21 +134,26 @@ def three_ways(terms: DataArray, ways: Mapping[str, DataArray]) -> go.Figure:
         )
         for i, source in enumerate(terms["source"].values)
     ]
-    looks = ({"symbol": "circle", "size": 8}, {"symbol": "circle-open", "size": 18, "line": {"width": 2}})
+    ink, paper = FONT["color"], DIVERGING[3]
+    looks = (
+        {"size": 8, "color": ink},
+        {"size": 19, "color": paper, "line": {"color": ink, "width": 2}},
+    )
     markers = [
         go.Scatter(
             x=y["position"].values,
             y=y.values,
             name=name,
             mode="markers",
-            marker=look | {"color": FONT["color"]},
+            marker=look,
             hovertemplate=f"{name}<br>%{{x}}<br>y = %{{y:.6g}}<extra></extra>",
             legendgroup="ways",
             legendgrouptitle_text="y by",
         )
         for (name, y), look in zip(ways.items(), looks, strict=False)
     ]
-    figure = go.Figure([*bars, *markers])
+    # The dot lies on the ring.
+    figure = go.Figure([*bars, *reversed(markers)])
     figure.update_layout(barmode="relative", height=420)
     figure.update_xaxes(title="token", type="category")
     figure.update_yaxes(title="y")

@@ -55,6 +55,8 @@ def in_dark(figure: go.Figure) -> go.Figure:
         for part in ("marker", "line"):
             if part in trace and trace[part].color is not None:
                 trace[part].color = _in_dark(trace[part].color, colours)
+        if "marker" in trace and trace.marker.line.color is not None:
+            trace.marker.line.color = _in_dark(trace.marker.line.color, colours)
     for note in figure.layout.annotations:
         note.font.color = _in_dark(note.font.color, colours)
         if note.bgcolor is not None:

@@ -104,11 +104,13 @@ def test_tokens_before_and_after() -> None:
 
 def test_on_a_dark_page_the_shared_colours_have_dark_counterparts() -> None:
     figure = go.Figure([go.Heatmap(z=[[1.0]], colorscale=DIVERGING), go.Bar(y=[1], marker_color=DIVERGING[-1])])
+    figure.add_scatter(y=[1], marker={"color": "#ffffff", "line": {"color": "#1f2933"}})
     figure.add_annotation(text="a", bgcolor="white", font={"color": "#0072b2"})
     dark = in_dark(themed(figure, "Title", "sub"))
     assert (dark.layout.annotations[0].bgcolor, dark.layout.annotations[0].font.color) == (DARK["label"], "#56b4e9")
     assert [colour for _, colour in dark.data[0].colorscale] == DIVERGING_DARK
     assert dark.data[1].marker.color == DIVERGING_DARK[-1]
+    assert (dark.data[2].marker.color, dark.data[2].marker.line.color) == (DIVERGING_DARK[3], DARK["text"])
     assert dark.layout.font.color == DARK["text"]
     assert title_and_subtitle(dark) == ("Title", "sub")
     kept = in_dark(go.Figure(go.Heatmap(z=[[1.0]], colorscale="Viridis")))

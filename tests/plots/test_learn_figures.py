@@ -18,7 +18,7 @@ def test_a_step_is_what_was_kept_and_what_was_written() -> None:
 def test_bars_dot_and_ring_are_the_same_output() -> None:
     one = made_up()
     ways = {"recurrence": recurrence(one)["y"], "convolution": convolved(one)}
-    *bars, dot, ring = three_ways(unrolled(one), ways).data
+    *bars, ring, dot = three_ways(unrolled(one), ways).data
     np.testing.assert_allclose(np.sum([bar.y for bar in bars], axis=0), dot.y)
     np.testing.assert_allclose(ring.y, dot.y)
     with pytest.raises(ValueError, match="a dot and a ring, got 3 ways"):
