@@ -1,44 +1,15 @@
 """The app as a reader meets it, in a real browser."""
 
 import re
-from collections.abc import Iterator
 
 import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-from ssminterp_dashboards.browser import (  # noqa: E402
-    chart,
-    click_cell,
-    launch_browser,
-    serving,
-    settle,
-    why_not,
-)
+from ssminterp_dashboards.browser import chart, click_cell, settle, why_not  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 expect = playwright.expect
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[playwright.Browser]:
-    with playwright.sync_playwright() as started:
-        browser = launch_browser(started)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with serving() as address:
-        yield address
-
-
-@pytest.fixture
-def tab(browser: playwright.Browser) -> Iterator[playwright.Page]:
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    yield context.new_page()
-    context.close()
 
 
 def test_a_prompt_is_typed_and_a_click_on_the_lens_chooses_its_token(tab: playwright.Page, address: str) -> None:
