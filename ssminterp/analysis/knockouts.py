@@ -1,7 +1,7 @@
 """Knockout of one token's reads of another, in a window of layers that moves up: where does the information pass?
 
-Source: Endy et al. 2025, "Mamba Knockout for Unraveling Factual Information Flow", arXiv:2505.24244, section 4, after
-Geva et al. 2023, arXiv:2304.14767.
+Source: Endy et al. 2025, "Mamba Knockout for Unraveling Factual Information Flow", arXiv:2505.24244, after Geva et al.
+2023, "Dissecting Recall of Factual Associations", arXiv:2304.14767.
 """
 
 from __future__ import annotations

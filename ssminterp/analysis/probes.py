@@ -1,7 +1,7 @@
 """Directions that tell classes apart, and how well linear probes do, beside probes of a control task.
 
-Sources: difference of means: Marks & Tegmark 2023, arXiv:2310.06824, section 5. Control tasks: Hewitt & Liang 2019,
-"Designing and Interpreting Probes with Control Tasks", arXiv:1909.03368, section 2.
+Sources: difference of means: Marks & Tegmark 2023, arXiv:2310.06824, on mass-mean probing. Control tasks: Hewitt &
+Liang 2019, "Designing and Interpreting Probes with Control Tasks", arXiv:1909.03368, section 2.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def knockout(
     It costs one more scan in each of the layers. In `generate` use `use_cache=False`, so that every new token is run
     with all before it: then positions keep their meaning, and the default targets include the new tokens.
 
-    Source: Endy et al. 2025, "Mamba Knockout for Unraveling Factual Information Flow", arXiv:2505.24244, section 3,
-    after Geva et al. 2023, arXiv:2304.14767.
+    Source: Endy et al. 2025, "Mamba Knockout for Unraveling Factual Information Flow", arXiv:2505.24244, after
+    Geva et al. 2023, "Dissecting Recall of Factual Associations", arXiv:2304.14767.
 
     Raises ValueError, when it meets a model, for layers, roles, channels or states that do not exist and, there or,
     where the length must be known, in the run, for positions out of range, a source after every target of its

@@ -39,8 +39,8 @@ class Places:
         return shown[0] if len(shown) == 1 else f"[{', '.join(shown)}]"
 
     def at_roles(self, roles: Roles | None) -> Places:
-        """Raises ValueError if there is no such role."""
-        return Places(tuple(part.at_roles(roles) for part in self.parts))
+        """The same with positions for roles, on the CPU. Raises ValueError if there is no such role."""
+        return Places(tuple(_on_cpu(part.at_roles(roles)) for part in self.parts))
 
     def last(self) -> int | None:
         """The last position of any example, if they mean the same in sequences of every length, else None."""
@@ -108,6 +108,11 @@ def check_beforehand(sources: Places | None, targets: Places | None, point: Hook
     if known and None not in last:
         # One position more, for targets after the last source.
         causal_masks(sources, targets, max(places.n_examples() for places in given), max(known) + 2, point)
+
+
+def _on_cpu(part: Selection) -> Selection:
+    """Positions are looked at one by one, which on another device would wait for it each time."""
+    return replace(part, positions=part.positions.cpu()) if isinstance(part.positions, Tensor) else part
 
 
 def _counted_from(

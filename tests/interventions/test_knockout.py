@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssminterp import ActivationCache, HookedMamba, ablate, freeze, knockout, patch, scale
 from ssminterp.models.mixers import scans
+from ssminterp.patching import patch_sweep
 from ssminterp.patching.state_scans import scan_suffices
 
 LENGTH, BATCH = 9, 3
@@ -302,6 +303,21 @@ def test_it_costs_one_scan_more_in_its_layers(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(scans, "selective_scan", counted)
     run(model, knockout([1, 2], sources=[2, 5], targets=[6, 7, 8], decay="skipped", channels=[3]))
     assert lengths == [LENGTH] * 5
+
+
+@torch.no_grad()
+def test_sweeps_run_under_it(model: HookedMamba) -> None:
+    def third(logits: Tensor) -> Tensor:
+        return logits[:, -1, 3]
+
+    cut, others, name = knockout(1, sources=[2, 3], targets=[6, 8]), random_tokens(BATCH, LENGTH, 4), "hook_x"
+    with model.intervene(cut):
+        swept = patch_sweep(model, others, TOKENS, "x", third, [1], positions=[3], reduce=None, progress=False)
+        value = model.run_with_cache(others, f"*{name}", positions=3)[1]["x", 1]
+    found = run(model, cut, patch(f"blocks.1.mixer.{name}", value, positions=[3]))
+    torch.testing.assert_close(torch.from_numpy(swept.values).flatten(), third(found["hook_logits"]))
+    alone = run(model, patch(f"blocks.1.mixer.{name}", value, positions=[3]))
+    assert not torch.allclose(third(alone["hook_logits"]), third(found["hook_logits"]), atol=1e-3)
 
 
 def test_attribution_does_not_take_the_read_out_for_that_of_the_states() -> None:
