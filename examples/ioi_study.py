@@ -16,7 +16,8 @@ from typing import Annotated
 import typer
 
 from ssminterp import HookedMamba
-from ssminterp.studies import as_text, ioi_study, save_ioi_report, study_tables
+from ssminterp.studies import ioi_study
+from ssminterp.studies.ioi_report import as_text, save_ioi_report, study_tables
 
 
 def main(

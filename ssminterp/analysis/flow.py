@@ -10,9 +10,9 @@ model is linear in what flows, so a logit (difference) splits into edges without
 it, but for what biases add. Selection itself is not followed: if a token only sets a Δ or opens a gate, no edge shows
 it; patches do (see `flow_patches`).
 
-Source: the graph is that of Ferrando & Voita 2024, arXiv:2403.00824, section 2, for Mamba; holding what selects follows
-Rezaei Jafari et al. 2024, "MambaLRP", arXiv:2406.07592, section 4; the state's edges are the hidden attention of Ali et
-al. 2024, arXiv:2403.01590.
+Source: the graph is that of Ferrando & Voita 2024, arXiv:2403.00824, section 2, for Mamba; what is held follows Rezaei
+Jafari et al. 2024, "MambaLRP", arXiv:2406.07592 (who give a gate half of its product, where here all goes to x); the
+state's edges are the hidden attention of Ali et al. 2024, arXiv:2403.01590.
 """
 
 from __future__ import annotations

@@ -86,12 +86,11 @@ def flow_patches(
     ((name, function),) = metrics.items()
     start, goal = (checked(name, function(model(tokens)), len(base)).cpu() for tokens in (base, source))
     values = _zeros(model, *base.shape)
-    edges = [edge for edge in runner.edges() if edge.vector.any()]
-    with tqdm(total=len(edges), desc="patching edges", unit="edge", disable=not progress) as bar:
-        for part in runner.batches(edges):
+    depths = range(model.cfg.n_layers + 1)
+    for depth in tqdm(depths, desc="patching edges", unit="layer", disable=not progress):
+        for part in runner.batches([edge for edge in runner.edges(depth) if edge.vector.any()]):
             for edge, moved in zip(part, runner.measure(part), strict=True):
                 values[edge.kind].movedim(0, -1)[edge.place] = moved.cpu() - start
-            bar.update(len(part))
     values["total"] = goal - start
     labels = position_labels(model, source)
     ends = runner.readout.reads.unique().tolist()
@@ -137,17 +136,17 @@ class _Runner:
         last = self.model.cfg.n_layers
         return cache["resid_pre", depth] if depth < last else cache["resid_post", last - 1]
 
-    def edges(self) -> Iterator[Edge]:
-        """Every edge and node, and what it adds to the corrupted run."""
-        for depth in range(self.model.cfg.n_layers + 1):
-            change = self._resid(self.source, depth) - self._resid(self.base, depth)
-            for t in range(self._shape[1]):
-                yield Edge("node", (depth, t), depth, t, change[:, t])
-                if depth < self.model.cfg.n_layers:
-                    yield Edge("residual", (depth, t), depth + 1, t, change[:, t])
-        for layer in range(self.model.cfg.n_layers):
-            yield from self._state_edges(layer)
-            yield from self._conv_edges(layer)
+    def edges(self, depth: int) -> Iterator[Edge]:
+        """The nodes after `depth` layers, and the edges of the next layer, with what they add to the corrupted run."""
+        change = self._resid(self.source, depth) - self._resid(self.base, depth)
+        for t in range(self._shape[1]):
+            yield Edge("node", (depth, t), depth, t, change[:, t])
+        if depth == self.model.cfg.n_layers:
+            return
+        for t in range(self._shape[1]):
+            yield Edge("residual", (depth, t), depth + 1, t, change[:, t])
+        yield from self._state_edges(depth)
+        yield from self._conv_edges(depth)
 
     def _state_edges(self, layer: int) -> Iterator[Edge]:
         source, base = (scan_of(self.model, cache, layer) for cache in (self.source, self.base))

@@ -88,16 +88,17 @@ def study_figures(study: IOIStudy) -> list[go.Figure]:
     ablations = {
         "output zeroed": study.zero,
         "output of the corrupted run": study.resample,
-        "output's mean by position, prompts of one template": study.alike,
+        "its mean by position": study.alike,
         "conv of the corrupted run": study.conv,
     }
+    limit = float(abs(study.sites).max())
     sets = f"{len(study.minimal_sets)} ways to change the names · {study.model_name}"
     return [
         flow_figure(flow_graph(study.flow), "How the answer comes about: exact contributions"),
         flow_figure(flow_graph(study.patched_flow), "How the answer comes about: each edge patched"),
         layer_curves(ablations, "accuracy"),
         share_bars(share_in_sets(study), sets),
-        *(patching_heatmap(study.sites.sel(hook=hook)) for hook in INSIDE),
+        *(patching_heatmap(study.sites.sel(hook=hook)).update_traces(zmin=-limit, zmax=limit) for hook in INSIDE),
         tap_heatmap(study.taps),
         knockout_curves(study.knockouts),
     ]

@@ -93,7 +93,8 @@ def _sets(study: IOIStudy) -> tuple[str, str, str]:
 
 def _removable(study: IOIStudy) -> tuple[str, str, str]:
     last = study.removal["accuracy"].iloc[-1]
-    gone = study.removal["layer"].tolist()[1:] if last >= ENOUGH else study.removal["layer"].tolist()[1:-1]
+    enough = min(ENOUGH, study.removal["accuracy"].iloc[0])
+    gone = study.removal["layer"].tolist()[1:] if last >= enough else study.removal["layer"].tolist()[1:-1]
     kept = study.removal["accuracy"].iloc[len(gone)]
     question = "How many layers can go, one by one?"
     return question, f"{len(gone)} of {study.zero.sizes['layer']}", f"without {gone} accuracy is {kept:.0%}"
@@ -263,8 +264,8 @@ def _flows_differ(study: IOIStudy) -> Iterable[tuple[str, str, str, str]]:
 def beside_the_paper(study: IOIStudy) -> pd.DataFrame:
     """The paper's figures for mamba-370m beside this study's. Columns: quantity, paper, here.
 
-    The paper's are those of arXiv:2407.14008 (section 4 and figures), from 10,000 prompts and more; these are from
-    prompts made alike, not the same.
+    The paper's are what Ensign & Garriga-Alonso 2024, arXiv:2407.14008, report, from their prompts; ours are measured
+    here, on prompts made in the same way.
 
     Raises ValueError for another checkpoint.
     """

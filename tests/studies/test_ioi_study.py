@@ -10,16 +10,8 @@ from tiny_models import hooked
 
 from ssminterp import HookedMamba
 from ssminterp.patching import ablate_layers
-from ssminterp.studies import (
-    IOIStudy,
-    as_text,
-    beside_the_paper,
-    disagreements,
-    ioi_study,
-    save_ioi_report,
-    study_tables,
-    summary,
-)
+from ssminterp.studies import IOIStudy, beside_the_paper, disagreements, ioi_study, summary
+from ssminterp.studies.ioi_report import as_text, save_ioi_report, study_tables
 from ssminterp.tasks import make_task
 
 
@@ -105,3 +97,16 @@ def test_long_texts_become_paragraphs() -> None:
 def test_a_model_without_a_tokenizer_is_refused() -> None:
     with pytest.raises(ValueError, match="load the model with its tokenizer"):
         ioi_study(hooked())
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_what_the_cpu_gives() -> None:
+    studies = [
+        ioi_study(HookedMamba.from_pretrained("nano-mamba", device=device), 4, progress=False)
+        for device in ("cpu", "cuda")
+    ]
+    for part in ("zero", "resample", "conv", "alike", "knockouts", "sites", "taps", "flow", "patched_flow"):
+        one, other = (getattr(study, part) for study in studies)
+        for name in one if hasattr(one, "data_vars") else [None]:
+            a, b = (values if name is None else values[name] for values in (one, other))
+            np.testing.assert_allclose(b, a, rtol=0.02, atol=0.02 * max(1.0, float(np.abs(a).max())))
