@@ -23,8 +23,8 @@ from transformers import MambaConfig, MambaForCausalLM
 from ssminterp import HookedMamba
 
 SHAPE = {"hidden_size": 768, "num_hidden_layers": 24, "state_size": 16, "vocab_size": 50280}
-INPUTS = [(1, 16), (1, 64)]
-REPEATS = 7
+INPUTS = [(1, 16), (1, 64), (8, 16), (8, 64)]
+REPEATS = 15
 
 
 def trace_delta(model: HookedMamba, tokens: Tensor) -> list[Tensor]:

@@ -190,11 +190,11 @@ class MambaEnvoy(ModuleEnvoy, NNsight):
         parts = {"blocks": model.lm.backbone.layers} | {n: h for n, h in model.hook_points.items() if h.layer is None}
         for name, module in parts.items():
             object.__setattr__(self, name, by_module[id(module)])
-        self.wrapped = [id(module) for module in model.modules()]
+        self.wrapped = module_ids(model)
 
     def is_current(self) -> bool:
         """Whether the model still has the modules it had; adapters put in later make it another one."""
-        return self.wrapped == [id(module) for module in self._module.modules()]
+        return self.wrapped == module_ids(self._module)
 
     @property
     def device(self) -> torch.device:
@@ -329,6 +329,16 @@ class MambaEnvoy(ModuleEnvoy, NNsight):
             return trajectory[:, own] if trajectory.shape[1] == self.batch.width else trajectory
         wanted = self.shown if first_row is None else self._states_of(own)
         return trajectory if wanted == self.shown else trajectory[:, [self.shown.index(p) for p in wanted]]
+
+
+def module_ids(model: nn.Module) -> list[int]:
+    """Which modules a model consists of. Every trace asks, and `model.modules()` takes as long as a trace does."""
+    ids, left = [], [model]
+    while left:
+        module = left.pop()
+        ids.append(id(module))
+        left += [child for child in module._modules.values() if child is not None]
+    return ids
 
 
 def design_name(path: str) -> str:

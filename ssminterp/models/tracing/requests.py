@@ -20,8 +20,10 @@ def is_requested(module: nn.Module, *, by_name: bool = False) -> bool:
     interleaver, locations = _running(module)
     if interleaver is None:
         return False
-    if any(location in interleaver.parked for location in locations):
+    if not interleaver.parked.isdisjoint(locations):
         return True
+    if not interleaver.observers:
+        return False
     caches = (cache for location in locations for _, cache, _ in interleaver.observers.get(location, ()))
     return any(cache.targets is not None or not by_name for cache in caches)
 

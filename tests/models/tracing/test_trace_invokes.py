@@ -10,7 +10,7 @@ from ssminterp import HookedMamba
 
 MODEL = hooked(num_hidden_layers=2)
 INPUTS = [random_tokens(1, 4), random_tokens(2, 7, seed=1), random_tokens(1, 5, seed=2)]
-NAMES = [name for name in MODEL.hook_names() if not name.endswith("hook_state")]
+NAMES = [name for name in MODEL.hook_names() if not name.startswith("blocks.0.") and not name.endswith("hook_state")]
 
 
 def by_itself(tokens: Tensor, name: str) -> Tensor:

@@ -12,7 +12,8 @@ from ssminterp import HookPoint
 
 ONE_LAYER = hooked(num_hidden_layers=1)
 MODELS = {family: hooked(family, num_hidden_layers=2) for family in FAMILIES}
-EDITABLE = [name for name in MODELS["mamba"].hook_names() if not name.endswith("hook_state")]
+NAMES = MODELS["mamba"].hook_names()
+EDITABLE = [name for name in NAMES if not name.startswith("blocks.0.") and not name.endswith("hook_state")]
 
 
 def zero(tensor: Tensor, point: HookPoint) -> None:

@@ -3,15 +3,16 @@
 import nnsight
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from nnsight import NNsight
-from tiny_models import FAMILIES, hooked
+from tiny_models import FAMILIES, hooked, tiny_model
 from torch import Tensor
 from trace_cases import ROOTS, TOKENS, hook
 
 from ssminterp import HookedMamba, HookPoint, patch
 
 MODELS = {family: hooked(family, num_hidden_layers=2) for family in FAMILIES}
-NAMES = MODELS["mamba"].hook_names()
+NAMES = [name for name in MODELS["mamba"].hook_names() if not name.startswith("blocks.0.")]
 CHANGEABLE = [name for name in NAMES if not name.endswith("hook_state")]
 
 
@@ -220,3 +221,22 @@ def test_two_nnsight_models_around_one_model() -> None:
     with second.trace(TOKENS):
         b = second.blocks[0].mixer.hook_A_bar.output.save()
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("way", ["dispatched", "offloaded"])
+@torch.no_grad()
+def test_accelerate(way: str) -> None:
+    lm = tiny_model(num_hidden_layers=2)
+    if way == "dispatched":
+        dispatch_model(lm, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    else:
+        cpu_offload(lm, execution_device=torch.device("cpu"))
+    model = HookedMamba.from_hf(lm)
+    with model.trace(TOKENS) as tracer:
+        A_bar = model.blocks[0].mixer.hook_A_bar.output.save()
+        state = model.blocks[1].mixer.hook_state.at[3].output.save()
+        result = tracer.result.save()
+    logits, cache = MODELS["mamba"].run_with_cache(TOKENS, "*")
+    torch.testing.assert_close(A_bar, cache["A_bar", 0])
+    torch.testing.assert_close(state, cache["state", 1][:, 3])
+    torch.testing.assert_close(result, logits)
