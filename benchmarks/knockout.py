@@ -61,7 +61,7 @@ def measure(model: HookedMamba, length: int, device: torch.device, repeats: int)
         "some_states": [knockout(**where, states=[0, 1, 2])],
     }
     best = dict.fromkeys(cuts, float("inf"))
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         for name, cut in cuts.items():
             with model.intervene(*cut):
                 best[name] = min(best[name], seconds_of(lambda: model(tokens), device))
