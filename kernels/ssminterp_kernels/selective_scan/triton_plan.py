@@ -53,8 +53,9 @@ def plan_scan(
     """
     group_size = d_inner // n_groups
     block_n = _next_power_of_2(d_state)
-    block_d = min(widest_block, _next_power_of_2(group_size))
-    num_warps = max(1, min(8, block_n // 32)) * max(1, block_d // 32)
+    # At least a warp's width even of fewer channels: on tiles of a few half-precision numbers Triton's compiler fails.
+    block_d = max(32, min(widest_block, _next_power_of_2(group_size)))
+    num_warps = max(1, min(8, block_n // 32)) * (block_d // 32)
     n_blocks = n_groups * _ceil_div(group_size, block_d)
     warps_in_one_pass = batch * n_blocks * num_warps
     chunks = 1
