@@ -22,6 +22,7 @@ from ssminterp.patching.request import (
     SweepIntervention,
     check_choice,
     check_intervention,
+    on_grid,
     sweep_specs,
     sweep_tokens,
 )
@@ -113,7 +114,8 @@ def _one_cell(
     columns = [position] if isinstance(position, Column) else sweep_columns(model, base, position)
     if len(columns) != 1:
         raise ValueError(f"a cell has one column, got {', '.join(column.label for column in columns)}")
-    return Sweep(model, source, base, specs, [layer], columns, [Selection()], intervention), sides
+    moved = on_grid(intervention, model, specs, [layer], columns)
+    return Sweep(model, source, base, specs, [layer], columns, [Selection()], moved), sides
 
 
 def changed_tokens(model: HookedMamba, logits: xr.DataArray, example: int = 0, k: int = 10) -> xr.Dataset:
@@ -196,7 +198,8 @@ def cell_change(
     """
     sweep, _ = _one_cell(model, clean, corrupted, hook, layer, position, direction, intervention)
     now, source = NaiveEngine(sweep, {}).values(layer)
-    size = (sweep.new_value(now, source).float() - now.float()).abs().mean(0)
+    place = sweep.column_place(sweep.point(sweep.specs[0], layer), 0)
+    size = (sweep.new_value(now, source, place).float() - now.float()).abs().mean(0)
     dims = [
         "coordinate" if axis == "d_state" else "tap" if axis == "d_conv" else "channel"
         for axis in sweep.specs[0].axes[2:]

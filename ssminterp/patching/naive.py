@@ -18,6 +18,7 @@ from ssminterp.models import FwdHook, HookPoint
 from ssminterp.models.hook_points import HookSpec
 from ssminterp.patching.columns import Column
 from ssminterp.patching.metrics import Metrics, checked
+from ssminterp.patching.moved import MovedEdit
 from ssminterp.patching.request import Sweep
 from ssminterp.patching.selections import Selection
 from ssminterp.patching.storage import Results
@@ -42,8 +43,9 @@ class NaiveEngine:
         for i, j in itertools.product(range(hooks), range(layers)):
             own = cells[i, j].tolist()
             if not results.done[own].all():
-                values = self._layer(i, self.sweep.layers[j], advance)
-                results.put(own, range(columns), values)
+                with results.part(self.sweep.cell_name(own[0])):
+                    values = self._layer(i, self.sweep.layers[j], advance)
+                    results.put(own, range(columns), values)
 
     def _layer(
         self, hook: int, layer: int, advance: Callable[[int], object]
@@ -97,11 +99,15 @@ def _hooks(
 ) -> list[FwdHook]:
     if selection.is_everything and sweep.intervention in ("patch", "mean"):
         return list(patch(point.name, source[:, None], column.positions[:, None]).fwd_hooks(sweep.model))
+    if selection.is_everything and isinstance(sweep.intervention, MovedEdit):
+        return sweep.intervention.fwd_hooks(point, column)
     mask = selection.mask(spec, source.device)
+    number = next(k for k, other in enumerate(sweep.columns) if other is column)
+    place = sweep.column_place(point, number)
     positions = column.positions.to(source.device)
 
     def changed(now: Tensor) -> Tensor:
-        return torch.where(mask, sweep.new_value(now, source), now)
+        return torch.where(mask, sweep.new_value(now, source, place), now)
 
     def at_one_position(state: Tensor, hook: HookPoint) -> Tensor:
         here = torch.eq(positions, hook.position or 0)[:, None, None]

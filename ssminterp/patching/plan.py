@@ -63,17 +63,22 @@ def feature_bytes(sweep: Sweep, spec: HookSpec) -> int:
 def row_bytes(sweep: Sweep, suffix: int) -> int:
     """What one row of a pass needs while a layer runs.
 
-    Per position: five residual streams and ten tensors of width d_inner; per row: its state in three copies; and,
-    where hooks show or change them, whole trajectories.
+    Per position: five residual streams and ten tensors of width d_inner; per row: its state in six copies.
     """
     cfg = sweep.model.cfg
+    return 4 * (suffix * (5 * cfg.d_model + 10 * cfg.d_inner) + 6 * cfg.d_inner * cfg.d_state)
+
+
+def recording_bytes(sweep: Sweep) -> int:
+    """What one position of a run takes while a layer is recorded: whole trajectories, where a hook shows them."""
+    cfg = sweep.model.cfg
     shorts = {spec.short for spec in sweep.specs}
-    per_position = 4 * (5 * cfg.d_model + 10 * cfg.d_inner)
+    width = 3 * cfg.d_inner * cfg.d_state
     if shorts & {"A_bar", "B_bar"}:
-        per_position += 4 * 6 * cfg.d_inner * cfg.d_state
+        width += 6 * cfg.d_inner * cfg.d_state
     if "conv_taps" in shorts:
-        per_position += 4 * 3 * cfg.d_inner * cfg.d_conv
-    return suffix * per_position + 4 * 4 * cfg.d_inner * cfg.d_state
+        width += 3 * cfg.d_inner * cfg.d_conv
+    return row_bytes(sweep, 1) + 4 * width
 
 
 def site_bytes(sweep: Sweep) -> int:
@@ -140,9 +145,7 @@ def plan_records(sweep: Sweep, sites: Sites, limits: Limits) -> Iterator[Sites]:
 
 def record_span(sweep: Sweep, n_runs: int, limits: Limits) -> int:
     """How many positions are run at once while recording."""
-    cfg = sweep.model.cfg
-    per_position = n_runs * (row_bytes(sweep, 1) + 3 * 4 * cfg.d_inner * cfg.d_state)
-    return max(1, int(PASS_SHARE * limits.total / per_position))
+    return max(1, int(PASS_SHARE * limits.total / (n_runs * recording_bytes(sweep))))
 
 
 def idle_tokens(sweep: Sweep) -> float:

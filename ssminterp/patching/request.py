@@ -10,19 +10,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ssminterp.models import HookedMamba, HookPoint
+from ssminterp.interventions.base import HookEdit
+from ssminterp.models import HookedMamba, HookPoint, Intervention
 from ssminterp.models.hook_names import short_to_specs
 from ssminterp.models.hook_points import HookSpec
 from ssminterp.models.hooked_mamba import Input
 from ssminterp.models.tokens import check_tokens
 from ssminterp.patching.columns import Column
+from ssminterp.patching.moved import MovedEdit, Place
 from ssminterp.patching.selections import Selection
 
 Direction: TypeAlias = Literal["clean_to_corrupted", "corrupted_to_clean"]
 DIRECTIONS: tuple[Direction, ...] = ("clean_to_corrupted", "corrupted_to_clean")
 
 # "patch", "zero", "mean", or (value there now, value in the source run) -> new value, all [n, …]
-SweepIntervention: TypeAlias = Literal["patch", "zero", "mean"] | Callable[[Tensor, Tensor], Tensor]
+# or an intervention object without positions of its own, which is then moved over the grid
+SweepIntervention: TypeAlias = Literal["patch", "zero", "mean"] | Callable[[Tensor, Tensor], Tensor] | HookEdit
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +43,7 @@ class Sweep:
     layers: Sequence[int]
     columns: Sequence[Column]
     selections: Sequence[Selection]
-    intervention: SweepIntervention
+    intervention: Literal["patch", "zero", "mean"] | Callable[[Tensor, Tensor], Tensor] | MovedEdit
 
     @property
     def batch(self) -> int:
@@ -58,12 +61,20 @@ class Sweep:
     def point(self, spec: HookSpec, layer: int) -> HookPoint:
         return self.model.hook_points[spec.name(layer)]
 
-    def new_value(self, now: Float[Tensor, "n *features"], source: Float[Tensor, "n *features"]) -> Tensor:
+    def column_place(self, point: HookPoint, column: int) -> Place:
+        """All examples at one column of a hook."""
+        return Place(point, torch.arange(self.batch), torch.full((self.batch,), column))
+
+    def new_value(
+        self, now: Float[Tensor, "n *features"], source: Float[Tensor, "n *features"], place: Place
+    ) -> Tensor:
         """What stands at the place after the intervention, before a selection keeps part of it as it was.
 
         source: the source run's values there; for "mean", their mean over the source prompts.
         Raises ValueError if a function returns another shape.
         """
+        if isinstance(self.intervention, MovedEdit):
+            return self.intervention.new_value(now, place)
         if self.intervention == "zero":
             return torch.zeros_like(now)
         if not callable(self.intervention):
@@ -74,9 +85,14 @@ class Sweep:
             raise ValueError(f"the intervention must return a tensor of shape {list(now.shape)}, got {got}")
         return new.to(now.dtype)
 
+    def cell_name(self, cell: int) -> str:
+        """Hook and layer of a cell, numbered in [hook, layer, selection]."""
+        hook, rest = divmod(cell, len(self.layers) * len(self.selections))
+        return self.specs[hook].name(self.layers[rest // len(self.selections)])
+
     @property
     def intervention_name(self) -> str:
-        if not callable(self.intervention):
+        if isinstance(self.intervention, str):
             return self.intervention
         named = getattr(self.intervention, "name", None) or getattr(self.intervention, "__qualname__", None)
         return str(named or type(self.intervention).__name__)
@@ -117,11 +133,32 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 
 def check_intervention(intervention: object) -> None:
-    """Raises ValueError if this is neither a known name nor a function."""
-    if not callable(intervention) and intervention not in ("patch", "zero", "mean"):
+    """Raises ValueError if this is neither a known name, a function nor an intervention that can be moved."""
+    if isinstance(intervention, HookEdit) or callable(intervention) or intervention in ("patch", "zero", "mean"):
+        return
+    if isinstance(intervention, Intervention):
         raise ValueError(
-            f"intervention must be 'patch', 'zero', 'mean' or a function (now, source) -> new, got {intervention!r}"
+            f"{intervention!r} does not act at one hook and position, so a sweep cannot move it over them. To sweep "
+            "while it holds: with model.intervene(...): patch_sweep(..., engine='naive')"
         )
+    raise ValueError(
+        "intervention must be 'patch', 'zero', 'mean', a function (now, source) -> new, or an intervention like "
+        f"scale('*', 0.5), got {intervention!r}"
+    )
+
+
+def on_grid(
+    intervention: SweepIntervention,
+    model: HookedMamba,
+    specs: Sequence[HookSpec],
+    layers: Sequence[int],
+    columns: Sequence[Column],
+) -> Literal["patch", "zero", "mean"] | Callable[[Tensor, Tensor], Tensor] | MovedEdit:
+    """What a sweep does in its cells. Raises ValueError for an intervention object that does not fit the grid."""
+    if not isinstance(intervention, HookEdit):
+        return intervention
+    points = [model.hook_points[spec.name(layer)] for spec in specs for layer in layers]
+    return MovedEdit(intervention, model, points, columns)
 
 
 def as_metrics(metric: object) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -24,6 +24,7 @@ from ssminterp.patching.plan import (
     plan_passes,
     plan_records,
     record_span,
+    recording_bytes,
     row_bytes,
     site_bytes,
 )
@@ -93,12 +94,13 @@ class ResumeEngine:
     def fill(self, results: Results, advance: Callable[[int], object]) -> None:
         """Run every cell that `results` does not hold yet, after `baselines`."""
         for job in plan_jobs(self.sweep, results.done, self.readout.n_reads, self.limits, self.parts):
-            progress = Progress(int((~results.done[job.cells][:, job.columns]).sum()), advance)
-            final = self._final_residuals(job, progress)
-            values = self.readout.values(final.flatten(0, 1), self.max_logits)
-            grid = (len(job.cells), len(job.columns), self.sweep.batch)
-            results.put(job.cells, job.columns, {name: value.view(grid).cpu() for name, value in values.items()})
-            progress.show(1.0)
+            with results.part(f"{len(job.cells)} cells from {self.sweep.cell_name(job.cells[0])} on"):
+                progress = Progress(int((~results.done[job.cells][:, job.columns]).sum()), advance)
+                final = self._final_residuals(job, progress)
+                values = self.readout.values(final.flatten(0, 1), self.max_logits)
+                grid = (len(job.cells), len(job.columns), self.sweep.batch)
+                results.put(job.cells, job.columns, {name: value.view(grid).cpu() for name, value in values.items()})
+                progress.show(1.0)
 
     def _final_residuals(self, job: Job, progress: Progress) -> Float[Tensor, "cells columns batch n_reads d_model"]:
         """The residual stream after the last layer where metrics read: the base run's, but where a row differs."""
@@ -117,7 +119,7 @@ class ResumeEngine:
                 records = Records(records.pasts, own_means)
             for rows, cells in plan_passes(sweep, sites, job.cells, limits):
                 some, own = sites[rows], records.of(rows)
-                changes = _changes(sweep, cells, own.sources)
+                changes = _changes(sweep, cells, own.sources, some)
                 keep = _read_offsets(some, reads)
                 order, hidden = run_rows(sweep, _suffixes(sweep, some), own.pasts, changes, keep)
                 _scatter(final, hidden, [cell_place[cell] for cell in order], some, job, reads, keep)
@@ -155,7 +157,8 @@ def _check_nothing_attached(model: HookedMamba) -> None:
 
 
 def _check_fits(sweep: Sweep, limits: Limits) -> None:
-    needed = 4 * (2 * row_bytes(sweep, sweep.length) + site_bytes(sweep))
+    smallest = max(2 * row_bytes(sweep, sweep.length), 2 * recording_bytes(sweep))
+    needed = 4 * (smallest + site_bytes(sweep))
     if needed > limits.total:
         raise ValueError(
             f"the smallest pass of this sweep (prompts of {sweep.length} tokens, {len(sweep.specs)} hooks) needs about "
@@ -199,7 +202,7 @@ def _suffixes(sweep: Sweep, sites: Sites) -> Int[Tensor, "n suffix"]:
     return sweep.base[sites.example[:, None].to(device), positions.to(device)]
 
 
-def _changes(sweep: Sweep, cells: Sequence[int], sources: Sources) -> dict[int, list[Changes]]:
+def _changes(sweep: Sweep, cells: Sequence[int], sources: Sources, sites: Sites) -> dict[int, list[Changes]]:
     """The cells of a pass by layer and hook."""
     _, n_layers, _, n_selections = sweep.grid
     grouped: dict[tuple[int, int], list[int]] = {}
@@ -209,5 +212,6 @@ def _changes(sweep: Sweep, cells: Sequence[int], sources: Sources) -> dict[int, 
     changes: dict[int, list[Changes]] = {}
     for (hook, layer), own in grouped.items():
         selections = [cell % n_selections for cell in own]
-        changes.setdefault(layer, []).append(Changes(sweep.specs[hook], own, selections, sources[hook, layer]))
+        point, source = sweep.point(sweep.specs[hook], layer), sources[hook, layer]
+        changes.setdefault(layer, []).append(Changes(point, own, selections, source, sites))
     return changes

@@ -23,8 +23,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ssminterp.models import HookPoint
 from ssminterp.models.hook_points import HookSpec
+from ssminterp.patching.moved import Place
 from ssminterp.patching.request import Sweep
+from ssminterp.patching.sites import Sites
 from ssminterp.patching.stages import Past, ScanInputs, Stages
 
 # Where a change takes hold in its own layer. All other hooks come after the state.
@@ -37,19 +40,26 @@ class Changes(NamedTuple):
     """What is changed at one hook of one layer: a tile of rows for each selection.
 
     cells: the number of each cell. selections: which selection of the sweep each is.
-    source: [n, *features], the new values' source at each site.
+    source: [n, *features], the new values' source at each of the sites.
     """
 
-    spec: HookSpec
+    point: HookPoint
     cells: Sequence[int]
     selections: Sequence[int]
     source: Tensor
+    sites: Sites
+
+    @property
+    def spec(self) -> HookSpec:
+        return self.point.spec
 
     def applied(self, sweep: Sweep, now: Float[Tensor, "n *features"]) -> Float[Tensor, "rows *features"]:
         """The rows' new values at their sites."""
         now = now.expand(len(self.cells), *now.shape)
         source = self.source.expand_as(now)
-        new = sweep.new_value(now.flatten(0, 1), source.flatten(0, 1)).unflatten(0, now.shape[:2])
+        examples, columns = (index.repeat(len(self.cells)) for index in (self.sites.example, self.sites.column))
+        place = Place(self.point, examples, columns)
+        new = sweep.new_value(now.flatten(0, 1), source.flatten(0, 1), place).unflatten(0, now.shape[:2])
         mask = self._masks(sweep, now.device)
         return (new if mask is None else torch.where(mask, new, now)).flatten(0, 1)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssminterp.files import written_whole
+from ssminterp.patching.moved import MovedEdit
 from ssminterp.patching.request import Sweep
 
 DESCRIPTION = "sweep.json"
@@ -34,6 +36,7 @@ class Results:
         self.values = {name: torch.full((n_cells, columns, sweep.batch), float("nan")) for name in metrics}
         self.done = torch.zeros(n_cells, columns, dtype=torch.bool)
         self.folder = folder
+        self.failed: list[tuple[str, Exception]] = []
         self._n_parts = 0
         if folder is not None:
             self._load(folder)
@@ -50,6 +53,25 @@ class Results:
             with written_whole(path) as beside:
                 save_file(tensors | {"cells": at[0], "columns": at[1]}, beside)
             self._n_parts += 1
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A context for the work of one part. With a folder, an error in it is kept for later, and others can go on."""
+        try:
+            yield
+        except Exception as error:
+            if self.folder is None:
+                raise
+            self.failed.append((name, error))
+
+    def check_complete(self) -> None:
+        """Raises RuntimeError, from the first of them, if parts failed."""
+        if self.failed:
+            listed = "; ".join(f"{name}: {error}" for name, error in self.failed[:3])
+            raise RuntimeError(
+                f"{len(self.failed)} parts of the sweep failed ({listed}{' …' * (len(self.failed) > 3)}). All other "
+                f"parts are in {self.folder}: the same call runs only those that failed again"
+            ) from self.failed[0][1]
 
     def _load(self, folder: Path) -> None:
         for path in sorted(folder.glob("part-*.safetensors")):
@@ -109,6 +131,7 @@ def describe(
         "columns": _digest(columns),
         "selections": _digest(selections),
         "intervention": sweep.intervention_name,
+        "intervention_values": sweep.intervention.digest() if isinstance(sweep.intervention, MovedEdit) else "",
         "direction": direction,
         "prompts": _digest([sweep.source.tolist(), sweep.base.tolist()]),
         "baselines": {

@@ -24,6 +24,7 @@ from ssminterp.patching.request import (
     as_metrics,
     check_choice,
     check_intervention,
+    on_grid,
     sweep_specs,
     sweep_tokens,
 )
@@ -114,7 +115,9 @@ def patch_sweep(
     direction: which run's values go into which.
     intervention: "patch" puts the other run's value there, "zero" zeros, "mean" the mean of the other run over its
         prompts at that column. A function (now, other) -> new gets the values of both runs, [n, *features] for any n,
-        and decides for each row by itself.
+        and decides for each row by itself. Or an intervention object like `scale("*", 0.5)`, `steer("*", vector)` or
+        `ablate("*", method="mean", prompts=…)`, without positions: it is put at each place of the grid in turn, and
+        keeps the channels, states and examples that it names. Its values are [batch or 1, 1, *features].
     channels: {label: indices} or "each": change only these features of a d_model or d_inner axis, a cell for each
         group. states: the same for a d_state axis.
     reduce: "mean" over examples, or None to keep them apart.
@@ -122,7 +125,8 @@ def patch_sweep(
         cell, also under hooks that are attached to it. "auto" is "resume" unless something is attached to the model.
     max_batch: the most rows that run as one batch. max_bytes: the most memory to take beside the model's; by default
         half of what is free. Both are for the resuming engine, which picks its batches by them.
-    out: a folder that finished parts are written to; called again, an interrupted sweep goes on where it stopped.
+    out: a folder that finished parts are written to; called again, an interrupted sweep goes on where it stopped. An
+        error in one part (a metric that is NaN there, memory that ran out) does not stop the others.
 
     Returns an array over (hook, layer, position[, channel][, coordinate][, example]), or for several metrics a Dataset
     of one such variable for each, whose attributes hold the clean and corrupted baselines and where the numbers come
@@ -130,7 +134,8 @@ def patch_sweep(
 
     Raises ValueError, before the sweep, for unknown hooks, layers or roles, positions, channels or states out of range,
     prompts of different shape, a metric that returns another shape or NaN, a folder that holds another sweep, limits
-    that leave no room, and for engine="resume" if hook functions or recorders are attached to the model.
+    that leave no room, interventions that cannot be moved over the grid, and for engine="resume" if hook functions or
+    recorders are attached to the model. Raises RuntimeError, after the sweep, if parts failed with out=.
 
     >>> sweep = patch_sweep(model, batch.clean, batch.corrupted, ["state", "x"],
     ...                     batch.metric("logit_diff"), positions=batch.roles)  # doctest: +SKIP
@@ -148,7 +153,8 @@ def patch_sweep(
     if not chosen_layers or len(set(chosen_layers)) < len(chosen_layers):
         raise ValueError(f"layers must name at least one layer and none twice, got {chosen_layers}")
     columns = sweep_columns(model, base, positions)
-    sweep = Sweep(model, source, base, specs, chosen_layers, columns, grid.selections, intervention)
+    moved = on_grid(intervention, model, specs, chosen_layers, columns)
+    sweep = Sweep(model, source, base, specs, chosen_layers, columns, grid.selections, moved)
     metrics = as_metrics(metric)
     if engine == "auto":
         engine = "naive" if any(point.is_listened_to for point in model.hook_points.values()) else "resume"
@@ -162,6 +168,7 @@ def patch_sweep(
     with tqdm(total=results.done.numel(), desc="patching", unit="cell", disable=not progress) as bar:
         bar.update(int(results.done.sum()))
         chosen.fill(results, bar.update)
+    results.check_complete()
     attributes = provenance(sweep, direction, engine)
     arrays = labelled(results, sweep, grid, baselines, attributes, reduce)
     if isinstance(metric, Mapping):

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssminterp import HookedMamba
+from ssminterp.interventions import ablate, freeze, knockout, patch, scale, steer
 from ssminterp.patching import patch_sweep, plan
 from tests.patching.sweep_cases import HOOKS, assert_equal_sweeps, both_engines, last_logit, metric_at
 from tests.tiny_models import hooked, random_tokens
@@ -68,6 +69,54 @@ def test_every_intervention(model: HookedMamba, pair: tuple[torch.Tensor, torch.
     roles = {"here": torch.tensor([0, 3, 6])}
     options = {"intervention": intervention, "positions": roles}
     assert_equal_sweeps(*both_engines(model, *pair, HOOKS, last_logit, **options))
+
+
+@pytest.mark.parametrize("family", ["patch", "steer", "scale", "ablate", "freeze", "subspace"])
+def test_intervention_objects_move_over_the_grid(
+    model: HookedMamba, pair: tuple[torch.Tensor, torch.Tensor], family: str
+) -> None:
+    """The resuming engine against `model.intervene` in every cell."""
+    basis = torch.linalg.qr(torch.randn(model.cfg.d_inner, 2)).Q
+    other = random_tokens(3, 7, seed=5)
+    cache = model.run_with_cache(other, "*")[1]
+    intervention = {
+        "patch": patch("*", torch.randn(3, 1, 1), channels=[0, 2]),
+        "steer": steer("*", torch.randn(3, 1, 1), strength=0.5, batch=[0, 2]),
+        "scale": scale("*", -0.5),
+        "ablate": ablate("*", method="mean", prompts=other),
+        "freeze": freeze("*", cache),
+        "subspace": patch("*", cache, basis=basis),
+    }[family]
+    hooks = {
+        "patch": ["in_x", "delta", "gate"],
+        "steer": ["resid_pre", "x", "C", "y"],
+        "subspace": ["x", "gate", "state"],
+    }.get(family, ["resid_pre", "mixer_in", "x", "B", "A_bar", "state", "C", "y"])
+    roles = {"here": torch.tensor([0, 3, 6]), "there": torch.tensor([4, 2, 1])}
+    resumed, naive = both_engines(model, *pair, hooks, last_logit, positions=roles, intervention=intervention)
+    assert_equal_sweeps(resumed, naive)
+    changed = abs(resumed - resumed["corrupted_by_example"]).max(("position", "example"))
+    assert float(changed.min()) > 1e-5
+    grouped = both_engines(
+        model, *pair, ["x", "gate"], last_logit, positions=roles, intervention=intervention, channels={"few": [0, 1]}
+    )
+    assert_equal_sweeps(*grouped)
+
+
+@pytest.mark.parametrize("engine", ["resume", "naive"])
+@pytest.mark.usefixtures("as_users_run_it")
+def test_interventions_that_cannot_be_moved_are_refused(
+    model: HookedMamba, pair: tuple[torch.Tensor, torch.Tensor], engine: str
+) -> None:
+    for intervention, message in (
+        (scale("*", 2.0, positions=3), "has positions of its own"),
+        (scale("*hook_delta", 2.0), "is not for blocks.0.mixer.hook_x"),
+        (steer("*", torch.randn(3, 1, 5)), "does not fit"),
+        (knockout(sources=[1]), "cannot move it"),
+        ("scale", "intervention must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            patch_sweep(model, *pair, "x", last_logit, intervention=intervention, engine=engine, progress=False)
 
 
 @pytest.mark.parametrize("intervention", ["patch", "zero", lambda now, other: now - other])

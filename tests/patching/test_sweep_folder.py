@@ -1,5 +1,6 @@
 """A sweep with out=: finished parts are kept, an interrupted sweep goes on, another sweep is refused."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssminterp import HookedMamba
+from ssminterp import HookedMamba, steer
 from ssminterp.patching import patch_sweep, resume
 from ssminterp.patching.storage import Results
 from tests.patching.sweep_cases import last_logit, metric_at
@@ -116,3 +117,37 @@ def test_folders_with_other_files_and_broken_parts_are_named(model: HookedMamba,
     (out / "sweep.json").write_text("{")
     with pytest.raises(ValueError, match=r"sweep\.json cannot be read"):
         sweep(model, out)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_error_in_one_part_loses_nothing_else(model: HookedMamba, tmp_path: Path, engine: str) -> None:
+    broken = True
+
+    def sometimes(logits: torch.Tensor) -> torch.Tensor:
+        values = logits[:, -1, 3]
+        changed = (values - base).abs().max() > 1e-6
+        return values * float("nan") if broken and changed and next(calls) == 7 else values
+
+    base = model(random_tokens(3, 5, seed=2))[:, -1, 3].detach()
+    calls = itertools.count(1)
+    with pytest.raises(
+        RuntimeError, match=r"parts of the sweep failed .* is NaN .* runs only those that failed"
+    ) as error:
+        sweep(model, tmp_path, metric=sometimes, engine=engine)
+    assert isinstance(error.value.__cause__, ValueError)
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("part-*")}
+    assert finished
+    broken = False
+    np.testing.assert_allclose(
+        sweep(model, tmp_path, metric=sometimes, engine=engine).values,
+        sweep(model, None, metric=sometimes, engine=engine).values,
+        atol=1e-5,
+    )
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+
+
+def test_an_intervention_with_other_values_is_another_sweep(model: HookedMamba, tmp_path: Path) -> None:
+    vectors = torch.randn(2, 1, 1, 1)
+    sweep(model, tmp_path, intervention=steer("*", vectors[0]))
+    with pytest.raises(ValueError, match="holds another sweep: intervention_values"):
+        sweep(model, tmp_path, intervention=steer("*", vectors[1]))
