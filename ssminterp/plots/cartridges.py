@@ -93,7 +93,7 @@ def answer_bars(answers: DataArray, title: str | None = None) -> go.Figure:
     figure.update_yaxes(type="category", autorange="reversed", automargin=True)
     rows = answers.sizes["token"] * answers.sizes["run"]
     figure.update_layout(
-        height=200 + 17 * rows, barmode="group", legend={"orientation": "h", "y": -0.25, "yanchor": "top"}
+        height=200 + 17 * rows, barmode="group", legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
     )
     subtitle = f"after “{answers.attrs['question']}” · {answers.attrs['model']} ({answers.attrs['dtype']})"
     return themed(figure, title or "What the question is answered", subtitle)

@@ -9,10 +9,11 @@ from xarray import DataArray
 from ssminterp.plots.theme import DIVERGING, themed
 
 
-def contribution_heatmap(values: DataArray, title: str | None = None) -> go.Figure:
+def contribution_heatmap(values: DataArray, title: str | None = None, clip: float = 0.99) -> go.Figure:
     """Contributions, attention weights or shares, target tokens downwards, source tokens to the right.
 
     values: dims (target, source); a batch of one example is shown too. Its attributes name model and layer.
+    clip: the quantile of what is not zero at which colours end; 1 for the largest.
 
     Raises ValueError if the array has other dims.
     """
@@ -24,7 +25,7 @@ def contribution_heatmap(values: DataArray, title: str | None = None) -> go.Figu
         )
     numbers = values.transpose("target", "source").values
     # So that one strong pair, often a token and itself, does not make all others white.
-    limit = max(float(np.nanquantile(np.abs(numbers[numbers != 0]), 0.99)), 1e-12) if numbers.any() else 1e-12
+    limit = max(float(np.nanquantile(np.abs(numbers[numbers != 0]), clip)), 1e-12) if numbers.any() else 1e-12
     never_negative = float(numbers.min()) >= 0
     figure = go.Figure(
         go.Heatmap(
@@ -47,7 +48,7 @@ def contribution_heatmap(values: DataArray, title: str | None = None) -> go.Figu
         subtitle += f" · {values.attrs['shown']}"
     if float(np.abs(numbers).max()) > limit:
         end = f"{'' if never_negative else '±'}{limit:.2g}"
-        subtitle += f" · colours end at {end}, the 99th percentile; strongest {np.abs(numbers).max():.2g}"
+        subtitle += f" · colours end at {end}, the {clip:.0%} quantile; strongest {np.abs(numbers).max():.2g}"
     return themed(figure, title or name.replace("_", " ").capitalize(), subtitle)
 
 

@@ -24,6 +24,7 @@ X_SHIFT, X_HEIGHT = 0.28, 0.35
 LOWEST_LANE, HIGHEST_LANE = 0.5, 0.85
 NARROWEST, WIDEST = 1.0, 9.0
 N_LABELS = 8
+MOST_LABELS = 40
 
 
 def flow_figure(graph: nx.DiGraph, title: str | None = None) -> go.Figure:
@@ -49,9 +50,11 @@ def flow_figure(graph: nx.DiGraph, title: str | None = None) -> go.Figure:
         _legend({edge["kind"] for *_, edge in in_order}, any(e["weight"] * about["total"] < 0 for *_, e in in_order))
     )
     _annotate(figure, in_order, ways)
-    figure.update_xaxes(
-        tickvals=list(range(len(tokens))), ticktext=tokens, tickangle=-45, title="token", showgrid=False, zeroline=False
-    )
+    # Of many tokens, those that the graph passes through.
+    through = {position for _, position in graph.nodes(data="position")}
+    named = [i for i in range(len(tokens)) if len(tokens) <= MOST_LABELS or i in through]
+    figure.update_xaxes(tickvals=named, ticktext=[tokens[i] for i in named], tickangle=-45, title="token")
+    figure.update_xaxes(showgrid=False, zeroline=False, range=[-0.6, len(tokens) - 0.2])
     rows = ["embedding", *(f"after layer {layer}" for layer in range(n_layers))]
     figure.update_yaxes(tickvals=list(range(n_layers + 1)), ticktext=rows, zeroline=False, range=[-0.4, n_layers + 0.5])
     figure.update_layout(height=max(420, 230 + 84 * n_layers), width=min(1600, max(820, 340 + 54 * len(tokens))))

@@ -28,6 +28,18 @@ def test_rows_are_targets_and_columns_sources(values: DataArray) -> None:
         assert part in figure.layout.title.text
 
 
+def test_colours_end_at_a_quantile_of_what_is_not_zero_or_at_the_largest() -> None:
+    numbers = np.zeros((20, 20))
+    numbers[-1] = np.arange(1.0, 21.0)
+    values = DataArray(
+        numbers, dims=["target", "source"], name="y", attrs={"layer": 0, "model": "m", "dtype": "float32"}
+    )
+    assert contribution_heatmap(values, clip=0.5).data[0].zmax == 10.5
+    whole = contribution_heatmap(values, clip=1.0)
+    assert whole.data[0].zmax == 20.0
+    assert "colours end" not in whole.layout.title.text
+
+
 def test_what_is_never_negative_starts_at_white(values: DataArray) -> None:
     heatmap = contribution_heatmap(abs(values).assign_attrs(values.attrs)).data[0]
     assert heatmap.zmin == 0.0

@@ -40,6 +40,14 @@ def test_titles_and_axes_say_what_is_shown(graph: nx.DiGraph) -> None:
     assert list(figure.layout.yaxis.ticktext) == ["embedding", "after layer 0", "after layer 1", "after layer 2"]
 
 
+def test_of_many_tokens_those_are_named_that_the_graph_passes_through() -> None:
+    graph = flow_graph(flow_contributions(hooked(), random_tokens(1, 60), 3, 4), 0.2)
+    axis = flow_figure(graph).layout.xaxis
+    assert set(axis.tickvals) == {position for _, position in graph.nodes(data="position")}
+    assert 0 < len(axis.ticktext) < 60
+    assert all(label.startswith(f"{place} ") for place, label in zip(axis.tickvals, axis.ticktext, strict=True))
+
+
 def test_an_empty_graph_shows_tokens_and_layers() -> None:
     graph = flow_graph(flow_contributions(hooked(), random_tokens(1, 5), 3, 4), 1e9)
     figure = flow_figure(graph)

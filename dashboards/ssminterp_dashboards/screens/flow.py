@@ -36,7 +36,7 @@ def page() -> None:
     with left:
         layer = choose_layer(loaded)
     with right:
-        edge = choose_edge(loaded, texts, layer)
+        edge = choose_edge(loaded, prompt, texts, asked, layer)
         if edge is not None:
             cut(loaded, prompt, edge)
     with left:
@@ -113,7 +113,7 @@ def pairs(loaded: Loaded, prompt: str, asked: Question, layer: int, edge: Edge |
         code = (
             f"flow = flow_contributions(model, {prompt!r}, {asked.answer}, {asked.instead})\n"
             f'state = flow["state"].sel(layer={layer}).rename("logits").assign_attrs(layer={layer})\n'
-            "figure = contribution_heatmap(state)"
+            "figure = contribution_heatmap(state, clip=1.0)"
         )
         snippet = snippets.code(loaded, code, analysis="flow_contributions", plots="contribution_heatmap")
     else:
@@ -122,8 +122,9 @@ def pairs(loaded: Loaded, prompt: str, asked: Question, layer: int, edge: Edge |
         code = f"figure = contribution_heatmap(hidden_attention(model, {prompt!r}, {layer}))"
         snippet = snippets.code(loaded, code, analysis="hidden_attention", plots="contribution_heatmap")
     shown = readable(values, "flow_all")
+    figure = contribution_heatmap(shown, title=title, clip=1.0 if kind == "answer" else 0.99)
     views.show(
-        clickable(contribution_heatmap(shown, title=title), _cell_of(shown, edge)),
+        clickable(figure, _cell_of(shown, edge)),
         "flow_pairs",
         loaded,
         data=values,
@@ -156,10 +157,11 @@ def _take_edge(shown: xr.DataArray, row: int, column: int) -> None:
         st.session_state["source"], st.session_state["token"] = source, target
 
 
-def choose_edge(loaded: Loaded, texts: list[str], layer: int) -> Edge | None:
-    """What to cut, and in which layers."""
+def choose_edge(loaded: Loaded, prompt: str, texts: list[str], asked: Question, layer: int) -> Edge | None:
+    """What to cut, and in which layers; to begin with, what the last token reads most of the answer from."""
     st.markdown("#### Cut an edge")
-    source = choose_token(texts, "The source: what this token wrote", "source", first=len(texts) // 4)
+    reads = results_flow.flow(loaded.key, prompt, asked)["state"].sel(layer=layer).isel(target=-1)
+    source = choose_token(texts, "The source: what this token wrote", "source", first=int(abs(reads).argmax("source")))
     target = choose_token(texts, "is not read by the target")
     n_layers = loaded.model.cfg.n_layers
     everywhere = links.choice("cut", "layer", ("layer", "all"))

@@ -152,13 +152,21 @@ def cartridges(loaded: Loaded) -> None:
         every = [str(layer) for layer in range(n_layers)]
         names = links.choice("swap", every[: n_layers // 2], every)
         st.pills("Layers to take from the cartridge", every, selection_mode="multi", key="swap")
-    keep(loaded, text or "")
+    text, other, question = text or "", other or "", question or ""
+    # What cannot be read is said once, here, and not by every view.
+    for written in (text, other) if other.strip() else (text,):
+        results_memory.cartridge(loaded.key, written)
+    keep(loaded, text)
+    if not question.strip():
+        st.info("Type a question above: how a sentence about the text begins.", icon=":material/edit:")
+        return
+    results.tokens(loaded.key, question)
     layers = tuple(sorted(int(name) for name in names))
     left, right = st.columns(2, gap="large")
     with left:
-        compare(loaded, text or "", other or "", question or "", layers)
+        compare(loaded, text, other, question, layers)
     with right:
-        swaps(loaded, text or "", other or "", question or "")
+        swaps(loaded, text, other, question)
 
 
 @panel
