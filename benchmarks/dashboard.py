@@ -22,7 +22,7 @@ from pathlib import Path
 import pandas as pd
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from ssminterp_dashboards.browser import chart, click_cell, launch_browser, serving, settle
+from ssminterp_dashboards.browser import chart, launch_browser, point_at_cell, serving, settle
 
 REPEATS = 5
 WANTED = {"first page": 5.0, "new prompt": 1.5, "map": 3.0, "drill-down": 1.0}
@@ -75,8 +75,10 @@ def sweep(page: Page, address: str, seed: int) -> float:
 
 def drill_down(page: Page, layer: int, token: int) -> float:
     """Seconds from a click on a cell to its views. The caption of the last of them names the cell."""
+    point_at_cell(page, "map", layer, token)
     start = time.perf_counter()
-    click_cell(page, "map", layer, token)
+    page.mouse.down()
+    page.mouse.up()
     page.wait_for_function(
         "text => [...document.querySelectorAll('[data-testid=\"stCaptionContainer\"]')]"
         ".filter(c => c.innerText.includes(text)).length >= 3",

@@ -80,8 +80,8 @@ def chart(page: Page, key: str) -> Locator:
     return found
 
 
-def click_cell(page: Page, key: str, row: int, column: int) -> None:
-    """Click the middle of a cell of a heat map, rows and columns counted as the axes count them."""
+def point_at_cell(page: Page, key: str, row: int, column: int) -> None:
+    """Move the mouse to the middle of a cell of a heat map, rows and columns counted as the axes count them."""
     plot = chart(page, key)
     plot.scroll_into_view_if_needed()
     place = plot.evaluate(
@@ -95,4 +95,10 @@ def click_cell(page: Page, key: str, row: int, column: int) -> None:
     assert box is not None
     page.mouse.move(box["x"] + place[0], box["y"] + place[1])
     page.wait_for_timeout(150)
-    page.mouse.click(box["x"] + place[0], box["y"] + place[1])
+
+
+def click_cell(page: Page, key: str, row: int, column: int) -> None:
+    """Click the middle of a cell of a heat map."""
+    point_at_cell(page, key, row, column)
+    page.mouse.down()
+    page.mouse.up()

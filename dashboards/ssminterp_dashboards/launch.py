@@ -37,7 +37,9 @@ def environment(model: str) -> dict[str, str]:
     name = (
         model if model in BUNDLED or not Path(model).expanduser().is_dir() else str(Path(model).expanduser().resolve())
     )
-    return {**os.environ, MODEL_VARIABLE: name}
+    # One core is left to the pages, so that they answer while the model runs.
+    threads = str(max(1, (os.cpu_count() or 2) - 1))
+    return {"OMP_NUM_THREADS": threads, **os.environ, MODEL_VARIABLE: name}
 
 
 def free_port() -> int:

@@ -26,7 +26,7 @@ from ssminterp_dashboards.sweeps import Pairs, Request
 from ssminterp_dashboards.text import plain
 
 # A job that is over so soon is shown without a progress bar.
-SOON = 1.2
+SOON = 2.0
 # More columns than this cannot be read.
 MOST_COLUMNS = 48
 OWN = "my own prompts"
@@ -166,7 +166,7 @@ def job_for(request: Request, hooks: list[str]) -> Job | None:
     return job
 
 
-@st.fragment(run_every=0.5)
+@st.fragment(run_every=0.8)
 def progress(loaded: Loaded, request: Request, hooks: list[str], job: Job) -> None:
     """How far the sweep is, what it has found, and a way to stop it."""
     with guarded():
