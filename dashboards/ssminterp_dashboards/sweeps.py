@@ -188,7 +188,7 @@ def assembled(found: Sequence[xr.DataArray], hooks: Sequence[str], n_layers: int
     """One array of the parts that are finished, NaN where none is yet. Raises ValueError if there is none at all."""
     if not found:
         raise ValueError("no part of the sweep is finished")
-    whole = xr.combine_by_coords([one.to_dataset() for one in found], combine_attrs="override")
+    whole = xr.combine_by_coords([one.to_dataset() for one in found], join="outer", combine_attrs="override")
     array = whole[found[0].name].reindex(hook=list(hooks), layer=range(n_layers))
     return array.reindex(position=found[0]["position"]).assign_attrs(found[0].attrs)
 
