@@ -130,10 +130,11 @@ figure = {plot}(effects.isel({chosen}))  # figure.show() opens a browser
 def _sweep_imports(request: Request, patching: list[str], plot: str) -> str:
     """The imports of a snippet about a sweep."""
     patching.append("role_columns" if request.columns == "roles" else "position_columns")
-    patching += {"scale": ["Scaled"], "steer": ["Steered"]}.get(request.intervention, [])
+    patching += ["Steered"] if request.intervention == "steer" else []
+    scaling = "from ssminterp.interventions import scale\n" if request.intervention == "scale" else ""
     make = "own_pairs" if not request.pairs.task else "make_task" if request.columns == "roles" else "aligned_task"
     return (
-        f"from ssminterp.patching import {', '.join(sorted(patching))}\n"
+        f"{scaling}from ssminterp.patching import {', '.join(sorted(patching))}\n"
         f"from ssminterp.plots import {plot}\nfrom ssminterp.tasks import {make}"
     )
 
@@ -163,5 +164,5 @@ def _prompts(loaded: Loaded, request: Request) -> str:
 
 
 def _intervention(request: Request) -> str:
-    named = {"scale": f"Scaled({request.amount!r})", "steer": f"Steered({request.amount!r})"}
+    named = {"scale": f'scale("*", {request.amount!r})', "steer": f"Steered({request.amount!r})"}
     return named.get(request.intervention, repr(request.intervention))

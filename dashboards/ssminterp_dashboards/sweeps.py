@@ -12,9 +12,9 @@ import torch
 import xarray as xr
 
 from ssminterp import HookedMamba
+from ssminterp.interventions import scale
 from ssminterp.patching import (
     Column,
-    Scaled,
     Steered,
     attribution_patch,
     cell_change,
@@ -144,7 +144,7 @@ def metric_of(model: HookedMamba, request: Request, batch: TaskBatch) -> Metric:
 def intervention_of(request: Request) -> SweepIntervention:
     """What to do at a cell."""
     if request.intervention == "scale":
-        return Scaled(request.amount)
+        return scale("*", request.amount)
     if request.intervention == "steer":
         return Steered(request.amount)
     return request.intervention  # type: ignore[return-value]
@@ -230,13 +230,12 @@ def logits(request: Request, hook: str, layer: int, column: int) -> xr.DataArray
 class CellParts(NamedTuple):
     """What the channels and the state coordinates of one cell do; None where the hook or the intervention has none.
 
-    estimated: by one gradient, (channel, coordinate), (channel) or (coordinate). size: how much the intervention
-    changes what is there, likewise. channels: the exact effect of each of the strongest channels alone, coordinates:
-    of every coordinate alone.
+    estimated: by one gradient, (channel, coordinate), (channel) or (coordinate). channels: the exact effect of each of
+    the strongest channels alone, coordinates: of every coordinate alone. Where nothing is estimated, the strongest
+    channels are those that the intervention changes most.
     """
 
     estimated: xr.DataArray | None
-    size: xr.DataArray
     channels: xr.DataArray | None
     coordinates: xr.DataArray | None
 
@@ -252,7 +251,6 @@ def cell_parts(request: Request, hook: str, layer: int, column: int, n_channels:
         axes = next(spec for spec in model.hook_specs if spec.short == hook).axes[2:]
         has_channels, has_states = axes[0] != "d_state", axes[-1] == "d_state"
         changes = intervention_of(request)
-        size = cell_change(*sides, hook, layer, at, direction=request.direction, intervention=changes)
         estimated = None
         if request.intervention == "patch" and axes[-1] != "d_conv":
             estimated = attribution_patch(
@@ -275,7 +273,12 @@ def cell_parts(request: Request, hook: str, layer: int, column: int, n_channels:
             intervention=changes,
             progress=False,
         )
-        first = strongest_channels(size if estimated is None else estimated, n_channels) if has_channels else []
+        first: Sequence[int] = []
+        if has_channels:
+            size = estimated
+            if size is None:
+                size = cell_change(*sides, hook, layer, at, direction=request.direction, intervention=changes)
+            first = strongest_channels(size, n_channels)
         by_channel = exact(channels={str(c): [c] for c in first}).isel(hook=0, layer=0, position=0) if first else None
         by_state = exact(states="each").isel(hook=0, layer=0, position=0) if has_states else None
-        return CellParts(estimated, size, by_channel, by_state)
+        return CellParts(estimated, by_channel, by_state)

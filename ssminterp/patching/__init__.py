@@ -1,7 +1,7 @@
 """Sweeps: what happens to the answer when one hook of one run is put into another, everywhere in turn."""
 
 from ssminterp.patching.attribution import attribution_patch
-from ssminterp.patching.cells import Scaled, Steered, cell_change, cell_logits, changed_tokens, strongest_channels
+from ssminterp.patching.cells import Steered, cell_change, cell_logits, changed_tokens, strongest_channels
 from ssminterp.patching.columns import Column, position_columns, role_columns
 from ssminterp.patching.edges import edge_attribution, strongest_edges
 from ssminterp.patching.effects import compare_with_exact
@@ -14,7 +14,6 @@ from ssminterp.patching.sweep import patch_sweep
 __all__ = [
     "Column",
     "Metric",
-    "Scaled",
     "Steered",
     "ablate_layers",
     "attribution_patch",

@@ -31,21 +31,6 @@ from ssminterp.patching.selections import Selection
 
 
 @dataclass(frozen=True)
-class Scaled:
-    """An intervention for sweeps: what is there, times `factor`."""
-
-    factor: float
-
-    @property
-    def name(self) -> str:
-        return f"scaled by {self.factor:g}"
-
-    def __call__(self, now: Tensor, source: Tensor) -> Tensor:
-        """now, source: [n, *features]."""
-        return now * self.factor
-
-
-@dataclass(frozen=True)
 class Steered:
     """An intervention for sweeps: what is there, plus `strength` times the way to the other run (1 is a patch)."""
 

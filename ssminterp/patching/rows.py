@@ -14,8 +14,7 @@ of n sites each, a tile for every cell, so that row r belongs to site r mod n.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,10 +24,12 @@ from torch import Tensor
 
 from ssminterp.models import HookPoint
 from ssminterp.models.hook_points import HookSpec
+from ssminterp.patching.base_rows import BaseRows, read
 from ssminterp.patching.moved import Place
 from ssminterp.patching.request import Sweep
 from ssminterp.patching.sites import Sites
 from ssminterp.patching.stages import Past, ScanInputs, Stages
+from ssminterp.patching.tiles import Pile, Rows, tiled, tiled_inputs
 
 # Where a change takes hold in its own layer. All other hooks come after the state.
 BEFORE_CONV = ("resid_pre", "mixer_in", "in_x")
@@ -72,109 +73,6 @@ class Changes(NamedTuple):
         return torch.stack(torch.broadcast_tensors(*masks))[:, None]
 
 
-class _Rows:
-    """Rows on their way through the layers.
-
-    hidden: residual streams [tiles, n, suffix, d_model], the base rows' first, as many tiles as the pass will have.
-    cells: those of the tiles that are in use, without the base.
-    first, first_cells: rows that differ from the base at position 0 alone, [tiles · n, d_model].
-    """
-
-    def __init__(self, base: Float[Tensor, "n suffix d_model"], n_tiles: int) -> None:
-        self.hidden = base.new_empty(n_tiles, *base.shape)
-        self.hidden[0] = base
-        self.cells: list[int] = []
-        self.first = base.new_empty(0, base.shape[-1])
-        self.first_cells: list[int] = []
-
-    @property
-    def used(self) -> Tensor:
-        return self.hidden[: 1 + len(self.cells)]
-
-    def added(self, cells: Sequence[int]) -> Tensor:
-        """Tiles for more cells, which hold the base's residual stream."""
-        start = 1 + len(self.cells)
-        self.cells += cells
-        tiles = self.hidden[start : start + len(cells)]
-        tiles.copy_(self.hidden[0].expand_as(tiles))
-        return tiles
-
-
-class _Base:
-    """The base rows of a layer: `inputs` to the scan at all positions, and what every hook holds at position 0."""
-
-    def __init__(self, stages: Stages, resid: Tensor, mixer_in: Tensor, in_x: Tensor, conv: Tensor, gate: Tensor):
-        self.stages = stages
-        self.resid_pre, self.mixer_in, self.in_x = resid[:, 0].clone(), mixer_in[:, 0], in_x[:, 0]
-        self.all_in_x, self.all_gate = in_x, gate
-        self.conv = conv[:, 0]
-        self.inputs: ScanInputs
-
-    def value(self, short: str) -> Float[Tensor, "n *features"]:
-        return getattr(self, short)
-
-    @property
-    def gate(self) -> Tensor:
-        return self.all_gate[:, 0]
-
-    @property
-    def conv_taps(self) -> Tensor:
-        return self.stages.conv_taps(self.in_x)
-
-    @property
-    def x(self) -> Tensor:
-        return self.inputs.x[:, 0]
-
-    @cached_property
-    def delta(self) -> Tensor:
-        return self.stages.delta(self.inputs.delta[:, 0])
-
-    @property
-    def B(self) -> Tensor:
-        return self.inputs.B[:, 0]
-
-    @property
-    def C(self) -> Tensor:
-        return self.inputs.C[:, 0]
-
-    @cached_property
-    def A_bar(self) -> Tensor:
-        return torch.exp(self.delta[..., None] * self.stages.A)
-
-    @cached_property
-    def B_bar(self) -> Tensor:
-        return self.delta[..., None] * self.B[:, None].float()
-
-    @cached_property
-    def state(self) -> Tensor:
-        return self.A_bar * self.stages.past.state + self.B_bar * self.x[..., None].float()
-
-    @cached_property
-    def y(self) -> Tensor:
-        return read(self.state, self.C).to(self.x.dtype)
-
-    @cached_property
-    def ssm_out(self) -> Tensor:
-        return self.y + self.stages.D * self.x
-
-    @cached_property
-    def gated(self) -> Tensor:
-        return self.ssm_out * F.silu(self.gate)
-
-    @cached_property
-    def mixer_out(self) -> Tensor:
-        return self.stages.out(self.gated)
-
-    @cached_property
-    def resid_post(self) -> Tensor:
-        return self.resid_pre + self.mixer_out
-
-
-def read(state: Float[Tensor, "rows d_inner d_state"], C: Float[Tensor, "rows d_state"]) -> Tensor:
-    """What C reads from the state."""
-    return (state @ C[..., None].float())[..., 0]
-
-
 class _Fork(NamedTuple):
     """Rows that part from the base in a layer.
 
@@ -185,32 +83,6 @@ class _Fork(NamedTuple):
     cells: list[int]
     gated: Tensor
     resid_pre: Tensor | None = None
-
-
-class _Pile:
-    """Rows of several groups of changes that have come to the same stage, one below the other."""
-
-    def __init__(self, n: int, cells: Sequence[int] = (), tensor: Tensor | None = None) -> None:
-        self.n = n
-        self.cells = list(cells)
-        self.tensor = tensor
-
-    @property
-    def tiles(self) -> int:
-        return len(self.cells)
-
-    def __bool__(self) -> bool:
-        return bool(self.cells)
-
-    def add(self, cells: Sequence[int], tensor: Tensor) -> None:
-        before = self.tensor if self.cells else None
-        self.tensor = tensor if before is None else torch.cat([before, tensor.to(before)])
-        self.cells += cells
-
-    def map(self, stage: Callable[[Tensor], Tensor]) -> None:
-        """Bring all rows to the next stage."""
-        if self.tensor is not None and self.cells:
-            self.tensor = stage(self.tensor)
 
 
 class _Layer:
@@ -227,7 +99,7 @@ class _Layer:
         self.at = _index(keep, stages.past.state.device)
         self.site_is_kept = keep is None or keep[0] == 0
 
-    def run(self, rows: _Rows) -> Tensor | None:
+    def run(self, rows: Rows) -> Tensor | None:
         """Bring the rows behind the layer; with `keep`, [tiles, n, n_keep, d_model] of `rows.cells` comes back."""
         hidden = rows.used
         stages = self.stages
@@ -240,7 +112,7 @@ class _Layer:
         conv = stages.conv(in_x)
         n = stages.n
         inputs = stages.scan_inputs(stages.mixer.act(conv))
-        base = _Base(stages, resid[:n], mixer_in[:n], in_x[:n], conv[:n], gate[:n])
+        base = BaseRows(stages, resid[:n], mixer_in[:n], in_x[:n], conv[:n], gate[:n])
         base.inputs = inputs.map(lambda tensor: tensor[:n])
         forks = [fork for fork in (self._before_conv(rows, base), self._up_to_state(base)) if fork.cells]
         local = self._after_state(base)
@@ -251,7 +123,7 @@ class _Layer:
             return None
         return self._last(rows, hidden, gated, forks, local)
 
-    def _grow(self, rows: _Rows, hidden: Tensor, gated: Tensor, forks: Sequence[_Fork]) -> None:
+    def _grow(self, rows: Rows, hidden: Tensor, gated: Tensor, forks: Sequence[_Fork]) -> None:
         for fork in forks:
             tiles = rows.added(fork.cells)
             if fork.resid_pre is not None:
@@ -260,7 +132,7 @@ class _Layer:
         hidden += self.stages.out(gated).view_as(hidden)
 
     def _last(
-        self, rows: _Rows, hidden: Tensor, gated: Tensor, forks: Sequence[_Fork], local: _Pile
+        self, rows: Rows, hidden: Tensor, gated: Tensor, forks: Sequence[_Fork], local: Pile
     ) -> Float[Tensor, "tiles n n_keep d_model"]:
         before = hidden[:, :, self.at]
         out = self.stages.out(gated)
@@ -290,15 +162,15 @@ class _Layer:
     def _of(self, *shorts: str) -> list[Changes]:
         return [group for group in self.groups if group.spec.short in shorts]
 
-    def _changed(self, pile: _Pile, base: _Base, *shorts: str) -> None:
+    def _changed(self, pile: Pile, base: BaseRows, *shorts: str) -> None:
         """Add the rows that are changed at some hooks of one stage."""
         for group in self._of(*shorts):
             pile.add(group.cells, group.applied(self.sweep, base.value(group.spec.short)))
 
-    def _before_conv(self, rows: _Rows, base: _Base) -> _Fork:
+    def _before_conv(self, rows: Rows, base: BaseRows) -> _Fork:
         """Changes that the conv carries on: what the previous layer changed at the site alone is one of them."""
         stages = self.stages
-        pile = _Pile(stages.n, rows.first_cells, rows.first)
+        pile = Pile(stages.n, rows.first_cells, rows.first)
         self._changed(pile, base, "resid_pre")
         resid, n_resid = pile.tensor, pile.tiles
         pile.map(stages.normed)
@@ -319,21 +191,21 @@ class _Layer:
         assert resid is not None
         length = base.all_in_x.shape[1]
         reach = min(len(stages.taps), length)
-        in_x = torch.cat([pile.tensor[:, None], _tiled(base.all_in_x[:, 1:reach], pile.tiles)], 1)
+        in_x = torch.cat([pile.tensor[:, None], tiled(base.all_in_x[:, 1:reach], pile.tiles)], 1)
         early = stages.scan_inputs(stages.mixer.act(stages.conv(in_x)))
-        late = base.inputs.at(slice(reach, None)).map(lambda tensor: _tiled(tensor, pile.tiles))
+        late = base.inputs.at(slice(reach, None)).map(lambda tensor: tiled(tensor, pile.tiles))
         gate = base.all_gate.repeat(pile.tiles, 1, 1)
         if self.site_is_kept and n_gates:
             gate[: n_gates * stages.n, 0] = gates[0]
-        first = torch.cat([resid, _tiled(base.resid_pre, pile.tiles - n_resid)]) if n_resid < pile.tiles else resid
+        first = torch.cat([resid, tiled(base.resid_pre, pile.tiles - n_resid)]) if n_resid < pile.tiles else resid
         return _Fork(
             pile.cells, self._gated(ScanInputs.cat([early, late], 1), stages.past_state(pile.tiles), gate), first
         )
 
-    def _up_to_state(self, base: _Base) -> _Fork:
+    def _up_to_state(self, base: BaseRows) -> _Fork:
         """Changes of what goes into the scan at the site, or of the state there: they go on through the state alone."""
         stages = self.stages
-        conv = _Pile(stages.n)
+        conv = Pile(stages.n)
         for group in self._of("conv_taps"):
             conv.add(group.cells, stages.conv_of_taps(group.applied(self.sweep, base.conv_taps)))
         self._changed(conv, base, "conv")
@@ -347,67 +219,67 @@ class _Layer:
         here = ScanInputs(base.x[:, None], base.delta[:, None], base.B[:, None], base.C[:, None], raw=False)
         for group in self._of("delta", "B"):
             new = group.applied(self.sweep, base.value(group.spec.short))[:, None]
-            others = _tiled_inputs(here, len(group.cells))
+            others = tiled_inputs(here, len(group.cells))
             steps.append(others._replace(delta=new) if group.spec.short == "delta" else others._replace(B=new))
             cells = cells + list(group.cells)
         states, outs = [], []
         gate = base.gate if self.keep is None else None
         if steps:
             step = ScanInputs.cat(steps, 0)
-            tiled_gate = None if gate is None else _tiled(gate[:, None], len(cells))
+            tiled_gate = None if gate is None else tiled(gate[:, None], len(cells))
             out, state = stages.scan(step, stages.past_state(len(cells)), tiled_gate)
             states.append(state)
             outs.append(out)
         changed = self._states(base)
         if changed.tensor is not None:
             tiles = changed.tiles
-            y = read(changed.tensor, _tiled(base.C, tiles)).to(base.x.dtype)
-            out = y + stages.D * _tiled(base.x, tiles)
+            y = read(changed.tensor, tiled(base.C, tiles)).to(base.x.dtype)
+            out = y + stages.D * tiled(base.x, tiles)
             states.append(changed.tensor)
-            outs.append((out if gate is None else out * F.silu(_tiled(gate, tiles)))[:, None].to(base.x.dtype))
+            outs.append((out if gate is None else out * F.silu(tiled(gate, tiles)))[:, None].to(base.x.dtype))
             cells = cells + changed.cells
         if not cells:
             return _Fork([], base.gate)
         first = torch.cat(outs)
         if base.all_in_x.shape[1] > 1:
-            later = _tiled_inputs(base.inputs.at(slice(1, None)), len(cells))
-            rest = None if gate is None else _tiled(base.all_gate[:, 1:], len(cells))
+            later = tiled_inputs(base.inputs.at(slice(1, None)), len(cells))
+            rest = None if gate is None else tiled(base.all_gate[:, 1:], len(cells))
             first = torch.cat([first, stages.scan(later, torch.cat(states), rest)[0]], 1)
-        return _Fork(cells, first if gate is not None else self._gate(first, _tiled(base.all_gate, len(cells))))
+        return _Fork(cells, first if gate is not None else self._gate(first, tiled(base.all_gate, len(cells))))
 
-    def _states(self, base: _Base) -> _Pile:
+    def _states(self, base: BaseRows) -> Pile:
         """The states at the sites where they, or what makes them from those before, are changed."""
-        pile = _Pile(self.stages.n)
+        pile = Pile(self.stages.n)
         past, inflow = self.stages.past.state, base.x[..., None].float()
         for group in self._of(*OF_STATE):
             new = group.applied(self.sweep, base.value(group.spec.short))
             tiles = len(group.cells)
             if group.spec.short == "A_bar":
-                new = new * _tiled(past, tiles) + _tiled(base.B_bar * inflow, tiles)
+                new = new * tiled(past, tiles) + tiled(base.B_bar * inflow, tiles)
             elif group.spec.short == "B_bar":
-                new = _tiled(base.A_bar * past, tiles) + new * _tiled(inflow, tiles)
+                new = tiled(base.A_bar * past, tiles) + new * tiled(inflow, tiles)
             pile.add(group.cells, new)
         return pile
 
-    def _after_state(self, base: _Base) -> _Pile:
+    def _after_state(self, base: BaseRows) -> Pile:
         """Changes that stay at the site in this layer: the residual stream there."""
-        pile = _Pile(self.stages.n)
+        pile = Pile(self.stages.n)
         if not self.site_is_kept:
             return pile
         for group in self._of("C"):
             C = group.applied(self.sweep, base.C)
-            pile.add(group.cells, read(_tiled(base.state, len(group.cells)), C).to(base.x.dtype))
+            pile.add(group.cells, read(tiled(base.state, len(group.cells)), C).to(base.x.dtype))
         self._changed(pile, base, "y")
-        pile.map(lambda y: y + self.stages.D * _tiled(base.x, pile.tiles))
+        pile.map(lambda y: y + self.stages.D * tiled(base.x, pile.tiles))
         self._changed(pile, base, "ssm_out")
-        pile.map(lambda ssm_out: ssm_out * F.silu(_tiled(base.gate, pile.tiles)))
+        pile.map(lambda ssm_out: ssm_out * F.silu(tiled(base.gate, pile.tiles)))
         for group in self._of("gate"):
             gate = group.applied(self.sweep, base.gate)
-            pile.add(group.cells, _tiled(base.ssm_out, len(group.cells)) * F.silu(gate))
+            pile.add(group.cells, tiled(base.ssm_out, len(group.cells)) * F.silu(gate))
         self._changed(pile, base, "gated")
         pile.map(self.stages.out)
         self._changed(pile, base, "mixer_out")
-        pile.map(lambda mixer_out: _tiled(base.resid_pre, pile.tiles) + mixer_out)
+        pile.map(lambda mixer_out: tiled(base.resid_pre, pile.tiles) + mixer_out)
         self._changed(pile, base, "resid_post")
         return pile
 
@@ -429,7 +301,7 @@ def run_rows(
     embedded = model.lm.get_input_embeddings()(tokens)
     if model.lm.config.residual_in_fp32:
         embedded = embedded.float()
-    rows = _Rows(embedded, 1 + sum(len(group.cells) for groups in changes.values() for group in groups))
+    rows = Rows(embedded, 1 + sum(len(group.cells) for groups in changes.values() for group in groups))
     for layer, past in enumerate(pasts):
         rows.hidden, rows.first = (tensor.to(past.state.device) for tensor in (rows.hidden, rows.first))
         last = layer == len(pasts) - 1
@@ -447,11 +319,3 @@ def _index(keep: list[int] | None, device: torch.device) -> slice | Tensor:
     if keep[-1] - keep[0] + 1 == len(keep):
         return slice(keep[0], keep[-1] + 1)
     return torch.tensor(keep, device=device)
-
-
-def _tiled(tensor: Float[Tensor, "n *features"], tiles: int) -> Float[Tensor, "rows *features"]:
-    return tensor.expand(tiles, *tensor.shape).flatten(0, 1)
-
-
-def _tiled_inputs(inputs: ScanInputs, tiles: int) -> ScanInputs:
-    return inputs.map(lambda tensor: _tiled(tensor, tiles))

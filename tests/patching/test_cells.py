@@ -7,8 +7,8 @@ from planted import NAME_A, NAME_B, planted_circuit
 from sweep_cases import HOOKS, metric_at
 from tiny_models import hooked, random_tokens
 
+from ssminterp import scale
 from ssminterp.patching import (
-    Scaled,
     Steered,
     attribution_patch,
     cell_change,
@@ -24,7 +24,7 @@ def pair() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("intervention", ["patch", "zero", "mean", Scaled(0.5), Steered(2.0)])
+@pytest.mark.parametrize("intervention", ["patch", "zero", "mean", scale("*", 0.5), Steered(2.0)])
 def test_the_metric_of_a_cells_logits_is_the_sweeps(hook: str, intervention: object) -> None:
     model, (clean, corrupted, at) = hooked(), pair()
     options = {"direction": "corrupted_to_clean", "intervention": intervention}
@@ -43,9 +43,9 @@ def test_steering_all_the_way_is_a_patch_and_scaling_by_one_is_nothing() -> None
     cell = (model, clean, corrupted, "state", 1, 3, at)
     steered, patched = (cell_logits(*cell, intervention=i).sel(run="changed") for i in (Steered(1.0), "patch"))
     np.testing.assert_allclose(steered, patched, atol=1e-5)
-    same = cell_logits(*cell, intervention=Scaled(1.0))
+    same = cell_logits(*cell, intervention=scale("*", 1.0))
     np.testing.assert_allclose(same.sel(run="changed"), same.sel(run="corrupted"), atol=1e-5)
-    assert same.attrs["intervention"] == "scaled by 1"
+    assert same.attrs["intervention"] == "scale('*', 1.0)"
 
 
 def test_the_change_is_the_difference_of_the_runs() -> None:
@@ -54,7 +54,7 @@ def test_the_change_is_the_difference_of_the_runs() -> None:
     runs = [model.run_with_cache(tokens, name, positions=[3])[1][name][:, 0] for tokens in (clean, corrupted)]
     change = cell_change(model, clean, corrupted, "state", 1, 3)
     np.testing.assert_allclose(change, (runs[0] - runs[1]).abs().mean(0).detach(), atol=1e-5)
-    halved = cell_change(model, clean, corrupted, "state", 1, 3, intervention=Scaled(0.5))
+    halved = cell_change(model, clean, corrupted, "state", 1, 3, intervention=scale("*", 0.5))
     np.testing.assert_allclose(halved, runs[1].abs().mean(0).detach() / 2, atol=1e-5)
 
 

@@ -280,7 +280,7 @@ def drill_down(loaded: Loaded, request: Request, hook: str, layer: int, column: 
         changed = changed_tokens(loaded.model, sweeps.logits(request, hook, layer, column), example)
         snippet = snippets.cell(loaded, request, hook, layer, column, example)
         views.show(changed_tokens_figure(changed), "tokens", loaded, data=changed, snippet=snippet)
-    found = sweeps.cell_parts(request, hook, layer, column, 12)
+    found = sweeps.cell_parts(request, hook, layer, column, 8)
     with right:
         coordinates(loaded, request, hook, layer, column, found)
     channels(loaded, request, hook, layer, column, found)

@@ -1,0 +1,87 @@
+"""What every hook of a layer holds in the base rows, computed when a change asks for it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ssminterp.patching.stages import ScanInputs, Stages
+
+
+class BaseRows:
+    """The base rows of a layer: `inputs` to the scan at all positions, and what every hook holds at position 0."""
+
+    def __init__(self, stages: Stages, resid: Tensor, mixer_in: Tensor, in_x: Tensor, conv: Tensor, gate: Tensor):
+        self.stages = stages
+        self.resid_pre, self.mixer_in, self.in_x = resid[:, 0].clone(), mixer_in[:, 0], in_x[:, 0]
+        self.all_in_x, self.all_gate = in_x, gate
+        self.conv = conv[:, 0]
+        self.inputs: ScanInputs
+
+    def value(self, short: str) -> Float[Tensor, "n *features"]:
+        return getattr(self, short)
+
+    @property
+    def gate(self) -> Tensor:
+        return self.all_gate[:, 0]
+
+    @property
+    def conv_taps(self) -> Tensor:
+        return self.stages.conv_taps(self.in_x)
+
+    @property
+    def x(self) -> Tensor:
+        return self.inputs.x[:, 0]
+
+    @cached_property
+    def delta(self) -> Tensor:
+        return self.stages.delta(self.inputs.delta[:, 0])
+
+    @property
+    def B(self) -> Tensor:
+        return self.inputs.B[:, 0]
+
+    @property
+    def C(self) -> Tensor:
+        return self.inputs.C[:, 0]
+
+    @cached_property
+    def A_bar(self) -> Tensor:
+        return torch.exp(self.delta[..., None] * self.stages.A)
+
+    @cached_property
+    def B_bar(self) -> Tensor:
+        return self.delta[..., None] * self.B[:, None].float()
+
+    @cached_property
+    def state(self) -> Tensor:
+        return self.A_bar * self.stages.past.state + self.B_bar * self.x[..., None].float()
+
+    @cached_property
+    def y(self) -> Tensor:
+        return read(self.state, self.C).to(self.x.dtype)
+
+    @cached_property
+    def ssm_out(self) -> Tensor:
+        return self.y + self.stages.D * self.x
+
+    @cached_property
+    def gated(self) -> Tensor:
+        return self.ssm_out * F.silu(self.gate)
+
+    @cached_property
+    def mixer_out(self) -> Tensor:
+        return self.stages.out(self.gated)
+
+    @cached_property
+    def resid_post(self) -> Tensor:
+        return self.resid_pre + self.mixer_out
+
+
+def read(state: Float[Tensor, "rows d_inner d_state"], C: Float[Tensor, "rows d_state"]) -> Tensor:
+    """What C reads from the state."""
+    return (state @ C[..., None].float())[..., 0]

@@ -1,0 +1,73 @@
+"""Rows of a pass as they lie in memory: tiles of one row per site, a tile for every cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ssminterp.patching.stages import ScanInputs
+
+
+class Rows:
+    """Rows on their way through the layers.
+
+    hidden: residual streams [tiles, n, suffix, d_model], the base rows' first, as many tiles as the pass will have.
+    cells: those of the tiles that are in use, without the base.
+    first, first_cells: rows that differ from the base at position 0 alone, [tiles · n, d_model].
+    """
+
+    def __init__(self, base: Float[Tensor, "n suffix d_model"], n_tiles: int) -> None:
+        self.hidden = base.new_empty(n_tiles, *base.shape)
+        self.hidden[0] = base
+        self.cells: list[int] = []
+        self.first = base.new_empty(0, base.shape[-1])
+        self.first_cells: list[int] = []
+
+    @property
+    def used(self) -> Tensor:
+        return self.hidden[: 1 + len(self.cells)]
+
+    def added(self, cells: Sequence[int]) -> Tensor:
+        """Tiles for more cells, which hold the base's residual stream."""
+        start = 1 + len(self.cells)
+        self.cells += cells
+        tiles = self.hidden[start : start + len(cells)]
+        tiles.copy_(self.hidden[0].expand_as(tiles))
+        return tiles
+
+
+class Pile:
+    """Rows of several groups of changes that have come to the same stage, one below the other."""
+
+    def __init__(self, n: int, cells: Sequence[int] = (), tensor: Tensor | None = None) -> None:
+        self.n = n
+        self.cells = list(cells)
+        self.tensor = tensor
+
+    @property
+    def tiles(self) -> int:
+        return len(self.cells)
+
+    def __bool__(self) -> bool:
+        return bool(self.cells)
+
+    def add(self, cells: Sequence[int], tensor: Tensor) -> None:
+        before = self.tensor if self.cells else None
+        self.tensor = tensor if before is None else torch.cat([before, tensor.to(before)])
+        self.cells += cells
+
+    def map(self, stage: Callable[[Tensor], Tensor]) -> None:
+        """Bring all rows to the next stage."""
+        if self.tensor is not None and self.cells:
+            self.tensor = stage(self.tensor)
+
+
+def tiled(tensor: Float[Tensor, "n *features"], tiles: int) -> Float[Tensor, "rows *features"]:
+    return tensor.expand(tiles, *tensor.shape).flatten(0, 1)
+
+
+def tiled_inputs(inputs: ScanInputs, tiles: int) -> ScanInputs:
+    return inputs.map(lambda tensor: tiled(tensor, tiles))
