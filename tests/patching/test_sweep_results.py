@@ -89,7 +89,7 @@ def test_the_groups_of_a_partition_change_everything_together(
     ("arguments", "message"),
     [
         ({"direction": "sideways"}, "direction must be 'clean_to_corrupted' or"),
-        ({"intervention": "noise"}, "intervention must be 'patch', 'zero', 'mean' or a function"),
+        ({"intervention": "noise"}, "intervention must be 'patch', 'zero', 'mean', a function"),
         ({"intervention": lambda now, other: now[:, :1]}, "must return a tensor of shape"),
         ({"layers": []}, "at least one layer"),
         ({"layers": [1, 1]}, "none twice"),
