@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import streamlit as st
 import torch
+from streamlit.runtime.scriptrunner_utils.script_run_context import get_run_yield_check
 
 from ssminterp import HookedMamba
 from ssminterp.checkpoints import BUNDLED
@@ -47,8 +48,11 @@ class Loaded:
 
     @contextmanager
     def ready(self) -> Iterator[HookedMamba]:
-        """The model, while no other tab runs it: hooks of one run must not see another. First come, first served."""
-        with self._turns, torch.no_grad():
+        """The model, while no other tab runs it: hooks of one run must not see another. First come, first served.
+
+        A page's run ends at the next layer if its reader stops it or chooses something else.
+        """
+        with self._turns, torch.no_grad(), _interruptible(self.model):
             yield self.model
 
     @property
@@ -64,6 +68,24 @@ class Loaded:
         """The commit of a checkpoint from the hub, "bundled", or "local"."""
         commit = getattr(self.model.lm.config, "_commit_hash", None)
         return str(commit)[:12] if commit else "bundled" if self.key.name in BUNDLED else "local"
+
+
+@contextmanager
+def _interruptible(model: HookedMamba) -> Iterator[None]:
+    """Before each layer, do what the reader has asked of Streamlit meanwhile: it raises to stop or run again a page.
+
+    In other threads, where sweeps run, nothing is asked: they have a button of their own.
+    """
+    check = get_run_yield_check()
+    if check is None:
+        yield
+        return
+    handles = [block.register_forward_pre_hook(lambda *_: check()) for block in model.blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _release(loaded: Loaded) -> None:

@@ -10,8 +10,9 @@ from transformers.utils import logging
 from ssminterp.models.install import input_device
 
 # Largest difference of logits allowed, relative to max(1, largest logit). Plain transformers computes norms, B · x and
-# A in float32 even for a float64 model.
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# A in float32 even for a float64 model. Of rounding alone, 48 layers with random weights make 4e-4 in float32, where
+# plain transformers is 1e-3 away from float64 itself; a mixer that is computed differently makes much more.
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def probe_tokens(hf_model: PreTrainedModel) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import xarray as xr
+from streamlit.runtime.scriptrunner_utils.exceptions import StopException
 from streamlit.testing.v1 import AppTest
 
 from ssminterp_dashboards import jobs, launch, models, sweeps, text, views
@@ -89,6 +90,26 @@ def test_models_are_loaded_once_and_run_one_at_a_time() -> None:
     with loaded.ready():
         other.start()
         assert not entered.wait(0.2)
+
+
+def test_a_run_of_a_page_ends_at_the_next_layer_when_its_reader_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streamlit raises where it is asked; the model is left as it was, and the next run is not disturbed."""
+    loaded = models.load.__wrapped__(models.ModelKey("nano-mamba"))  # type: ignore[attr-defined]
+    asked: list[bool] = []
+
+    def stop_at_the_second_layer() -> None:
+        asked.append(True)
+        if len(asked) == 2:
+            raise StopException
+
+    monkeypatch.setattr(models, "get_run_yield_check", lambda: stop_at_the_second_layer)
+    with pytest.raises(StopException), loaded.ready() as model:
+        model("Shelby gave an apple to")
+    assert len(asked) == 2
+    monkeypatch.setattr(models, "get_run_yield_check", lambda: None)
+    with loaded.ready() as model:
+        model("Shelby gave an apple to")
+    assert len(asked) == 2
 
 
 def test_only_so_many_models_are_held_and_the_others_are_released(monkeypatch: pytest.MonkeyPatch) -> None:

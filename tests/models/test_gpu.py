@@ -23,7 +23,8 @@ def test_logits_equal_plain_transformers(family: str, dtype: torch.dtype) -> Non
     with torch.no_grad():
         expected = plain(tokens, use_cache=False).logits
         difference = (expected - model(tokens)).abs().max().item()
-    assert difference <= TOLERANCE[dtype] * max(1.0, expected.abs().max().item())
+    allowed = 1e-4 if dtype == torch.float32 else TOLERANCE[dtype]
+    assert difference <= allowed * max(1.0, expected.abs().max().item())
 
 
 def test_recording_and_patching_agree_with_the_cpu() -> None:
