@@ -26,6 +26,11 @@ def choose_layer(loaded: Loaded) -> int:
     return layer
 
 
+def take_layer(row: int, column: int) -> None:
+    """For clicks on a map whose rows are layers: look at that layer."""
+    st.session_state["layer"] = row
+
+
 def choose_token(
     texts: list[str], label: str = "After which token", key: str = "token", first: int | None = None
 ) -> int:

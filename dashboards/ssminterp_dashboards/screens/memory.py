@@ -13,7 +13,7 @@ from ssminterp.plots import (
     survival_curves,
 )
 from ssminterp_dashboards import header, links, models, results, results_memory, snippets, views
-from ssminterp_dashboards.choices import choose_layer, choose_token
+from ssminterp_dashboards.choices import choose_layer, choose_token, take_layer
 from ssminterp_dashboards.errors import panel, rerun_whole_page
 from ssminterp_dashboards.models import Loaded
 from ssminterp_dashboards.text import plain, size
@@ -67,12 +67,8 @@ def horizons(loaded: Loaded, prompt: str) -> None:
         data=values,
         snippet=snippets.code(loaded, code, analysis="horizons", plots="horizon_heatmap"),
         note="Click a row to choose its layer.",
-        on_click=_take_layer,
+        on_click=take_layer,
     )
-
-
-def _take_layer(row: int, column: int) -> None:
-    st.session_state["layer"] = row
 
 
 @panel

@@ -18,7 +18,7 @@ from ssminterp.plots import (
     step_heatmap,
 )
 from ssminterp_dashboards import links, models, results, results_state, snippets, views
-from ssminterp_dashboards.choices import choose_layer, choose_token, readable
+from ssminterp_dashboards.choices import choose_layer, choose_token, readable, take_layer
 from ssminterp_dashboards.errors import panel
 from ssminterp_dashboards.models import Loaded
 from ssminterp_dashboards.text import plain
@@ -66,12 +66,8 @@ def words(loaded: Loaded, prompt: str, texts: list[str], layer: int, position: i
         data=found,
         snippet=snippets.code(loaded, code, analysis="state_words", plots="state_words_figure"),
         note="Click a row to choose its layer.",
-        on_click=_take_layer,
+        on_click=take_layer,
     )
-
-
-def _take_layer(row: int, column: int) -> None:
-    st.session_state["layer"] = row
 
 
 @panel

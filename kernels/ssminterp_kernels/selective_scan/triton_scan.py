@@ -254,6 +254,7 @@ def scan_backward(
     if plan.is_chunked:
         future = strided(futures_of_chunks(s, plan, dy, dstates, dfinal))
     begin = strided(boundaries) if boundaries is not None else strided_state(s.initial_state)
+    masks = _masks(plan, d_state)
     scan_backward_kernel[(plan.programs(batch),)](
         *(
             strided(s.x),
@@ -272,8 +273,8 @@ def scan_backward(
         POS=(*strides_of_pos(s.x, s.delta, s.z, s.B, s.C, dy, dx, ddelta, dz), plan.n_blocks * d_state),
         SOFTPLUS=s.softplus,
         SEGMENT=SEGMENT,
-        MASK=length % BLOCK_T != 0 or plan.group_size % plan.block_d != 0,
-        MASK_N=plan.block_n != d_state,
+        MASK=length % BLOCK_T != 0 or masks["MASK_D"],
+        MASK_N=masks["MASK_N"],
         BLOCK_T=BLOCK_T,
         **tiles,
     )
