@@ -22,6 +22,7 @@ class ModelConfig:
     dt_rank: int
     vocab: int
     dtype: torch.dtype
+    residual_in_fp32: bool
 
     @classmethod
     def of(cls, hf_model: PreTrainedModel, model_name: str) -> ModelConfig:
@@ -37,6 +38,7 @@ class ModelConfig:
             dt_rank=int(config.time_step_rank),
             vocab=config.vocab_size,
             dtype=hf_model.dtype,
+            residual_in_fp32=config.residual_in_fp32,
         )
 
     def axis_size(self, axis: str) -> int:

@@ -26,7 +26,7 @@ from ssminterp.models.tracing.access import apart
 from ssminterp.positions import Positions, resolve_positions
 
 if TYPE_CHECKING:
-    from ssminterp.models.tracing.envoys import MambaEnvoy
+    from ssminterp.models.tracing.root import MambaEnvoy
 
 # (names, function) or (names, function, positions)
 FwdHook: TypeAlias = tuple[NamesFilter, HookFunction] | tuple[NamesFilter, HookFunction, Positions]

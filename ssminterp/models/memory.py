@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import psutil
 import torch
 
 from ssminterp.models.config import ModelConfig
-from ssminterp.models.hook_points import HookPoint
+from ssminterp.models.hook_points import HookPoint, HookSpec
 
-FLOAT32_HOOKS = {"delta", "A_bar", "B_bar", "state", "logits"}
+# What a model of reduced precision keeps in float32; the residual stream only if its config says so.
+FLOAT32_HOOKS = {"delta", "A_bar", "B_bar", "state", "ssm_out", "gated", "logits"}
+RESIDUAL_HOOKS = {"resid_pre", "resid_post", "final_norm"}
+
+
+def value_bytes(spec: HookSpec, cfg: ModelConfig) -> int:
+    """The size of what a hook holds for one example at one position, at most."""
+    in_float32 = spec.short in FLOAT32_HOOKS or (cfg.residual_in_fp32 and spec.short in RESIDUAL_HOOKS)
+    return math.prod(cfg.axis_size(axis) for axis in spec.axes[2:]) * (4 if in_float32 else cfg.dtype.itemsize)
 
 
 def recording_bytes(hooks: Sequence[HookPoint], cfg: ModelConfig, batch: int, n_positions: int) -> int:
     """The size of the recorded tensors."""
-    total = 0
-    for hook in hooks:
-        features = 1
-        for axis in hook.spec.axes[2:]:
-            features *= cfg.axis_size(axis)
-        total += batch * n_positions * features * (4 if hook.spec.short in FLOAT32_HOOKS else cfg.dtype.itemsize)
-    return total
+    return batch * n_positions * sum(value_bytes(hook.spec, cfg) for hook in hooks)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ssminterp.models.hook_points import HookSpec
-from ssminterp.models.memory import FLOAT32_HOOKS, free_bytes
+from ssminterp.models.memory import free_bytes, value_bytes
 from ssminterp.patching.request import Sweep
 from ssminterp.patching.sites import Sites
 
@@ -54,12 +53,6 @@ class Job:
     columns: Sequence[int]
 
 
-def feature_bytes(sweep: Sweep, spec: HookSpec) -> int:
-    """The size of one hook's value at one position."""
-    size = math.prod(sweep.model.cfg.axis_size(axis) for axis in spec.axes[2:])
-    return size * (4 if spec.short in FLOAT32_HOOKS else sweep.model.cfg.dtype.itemsize)
-
-
 def row_bytes(sweep: Sweep, suffix: int) -> int:
     """What one row of a pass needs while a layer runs.
 
@@ -85,7 +78,9 @@ def site_bytes(sweep: Sweep) -> int:
     """What is recorded for one site: the past of every layer and the source's values, twice while they are copied."""
     cfg = sweep.model.cfg
     past = cfg.d_inner * (4 * cfg.d_state + cfg.d_conv * cfg.dtype.itemsize)
-    return 2 * (cfg.n_layers * past + len(sweep.layers) * sum(feature_bytes(sweep, spec) for spec in sweep.specs))
+    return 2 * (
+        cfg.n_layers * past + len(sweep.layers) * sum(value_bytes(spec, sweep.model.cfg) for spec in sweep.specs)
+    )
 
 
 def plan_jobs(sweep: Sweep, done: Bool[Tensor, "cells columns"], n_reads: int, limits: Limits, parts: int) -> list[Job]:
@@ -96,7 +91,7 @@ def plan_jobs(sweep: Sweep, done: Bool[Tensor, "cells columns"], n_reads: int, l
     most = max(1, min(int(FINAL_SHARE * limits.total / final_bytes), math.ceil(n_cells * columns / parts)))
     cells_per_job, columns_per_job = min(n_cells, most), max(1, most // n_cells)
     if sweep.intervention == "mean":
-        mean_bytes = 2 * len(sweep.layers) * sum(feature_bytes(sweep, spec) for spec in sweep.specs)
+        mean_bytes = 2 * len(sweep.layers) * sum(value_bytes(spec, sweep.model.cfg) for spec in sweep.specs)
         columns_per_job = max(1, min(columns_per_job, int(RECORD_SHARE / 2 * limits.total / mean_bytes)))
     jobs = []
     for first in range(0, columns, columns_per_job):

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ssminterp.patching.plan import Job, Limits, feature_bytes, record_span
+from ssminterp.models.memory import value_bytes
+from ssminterp.patching.plan import Job, Limits, record_span
 from ssminterp.patching.request import Sweep
 from ssminterp.patching.sites import Places, Sites, Wanted, collect
 from ssminterp.patching.stages import Past
@@ -91,7 +92,7 @@ def column_means(sweep: Sweep, job: Job, limits: Limits) -> Sources:
     """The mean over the source prompts of the values at each of the job's columns: [columns, *features]."""
     keys = hooks_of(sweep, job.cells)
     positions = torch.stack([sweep.columns[k].positions for k in job.columns], dim=1).cpu()  # batch, columns
-    per_example = sum(feature_bytes(sweep, sweep.specs[hook]) for hook, _ in keys) * len(job.columns)
+    per_example = sum(value_bytes(sweep.specs[hook], sweep.model.cfg) for hook, _ in keys) * len(job.columns)
     step = max(1, int(limits.total / 4 / per_example))
     sums: dict[tuple[int, int], Tensor] = {}
     dtypes: dict[tuple[int, int], torch.dtype] = {}

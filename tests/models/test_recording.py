@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import hooked, random_tokens
+from tiny_models import hooked, random_tokens, tiny_model
 
-from ssminterp import HookPoint
+from ssminterp import HookedMamba, HookPoint
 from ssminterp.models import memory
 from ssminterp.models.hook_points import Recorder
 
@@ -130,3 +130,20 @@ def test_the_estimate_is_what_is_recorded() -> None:
         cache = MODEL.run_with_cache(TOKENS, name, positions=[1, 4])[1]
         estimate = memory.recording_bytes([MODEL.hook_points[name]], MODEL.cfg, 2, 2)
         assert estimate == cache[name].nbytes, name
+
+
+@pytest.mark.parametrize("residual_in_fp32", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["mamba", "falcon"])
+def test_what_reduced_precision_keeps_in_float32_is_in_the_estimate(
+    family: str, dtype: torch.dtype, residual_in_fp32: bool
+) -> None:
+    lm = tiny_model(family, residual_in_fp32=residual_in_fp32).to(dtype)
+    model = HookedMamba.from_hf(lm, verify=False)
+    cache = model.run_with_cache(TOKENS, "*")[1]
+    for name in model.hook_names():
+        estimate = memory.recording_bytes([model.hook_points[name]], model.cfg, *TOKENS.shape)
+        # The embedding is the residual stream's only part in the model's own precision.
+        first = residual_in_fp32 and name == "blocks.0.hook_resid_pre"
+        assert estimate == cache[name].nbytes * (2 if first else 1), name
+        assert estimate >= model.run_with_cache(TOKENS, name)[1][name].nbytes

@@ -1,4 +1,4 @@
 """nnsight as a way in: what a running trace asks of the model, and the envoys that users write.
 
-Only `envoys.py` and what it imports need nnsight; everything else works without it.
+Only `root.py` and `envoys.py` need nnsight; everything else works without it.
 """

@@ -12,8 +12,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, no_type_check
 
 if TYPE_CHECKING:
-    from ssminterp.models.tracing.envoys import MambaEnvoy
+    from ssminterp.models.tracing.root import MambaEnvoy
 
+# 0.7 leaves each module's forward replaced after a trace, bound to that very module: a copy of the model then computes
+# with the weights of the model it was copied from, and cannot be pickled.
 OLDEST = (0, 8)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -36,7 +38,7 @@ class Tracing:
         """The model's root envoy. Raises ImportError if nnsight is missing or too old."""
         if self.envoy is None or not self.envoy.is_current():
             check_nnsight()
-            from ssminterp.models.tracing.envoys import MambaEnvoy
+            from ssminterp.models.tracing.root import MambaEnvoy
 
             self.envoy = MambaEnvoy(model)
         return self.envoy
