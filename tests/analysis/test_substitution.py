@@ -166,7 +166,7 @@ def test_what_cannot_be_averaged_or_substituted_is_refused() -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_gives_what_the_cpu_gives() -> None:
-    tokens, roles = random_tokens(40, 9, vocab=6), {"a": torch.arange(40) % 5}
+    tokens, roles = random_tokens(60, 9, vocab=20), {"a": torch.arange(60) % 5}
     found = []
     for model in (hooked(), hooked().to("cuda")):
         averages = token_averages(model, tokens, roles, progress=False)

@@ -8,6 +8,7 @@ from ssminterp.studies import ioi_study
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(900)  # it compiles the scan in many variants
 def test_a_gpu_gives_what_the_cpu_gives() -> None:
     studies = [
         ioi_study(HookedMamba.from_pretrained("nano-mamba", device=device), 4, progress=False)
