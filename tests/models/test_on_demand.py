@@ -15,10 +15,12 @@ CHEAP = [spec.short for spec in MODEL.hook_specs if not spec.on_demand]
 
 
 class Calls:
-    """What the mixers asked for: arguments of each scan, and how often the other costly parts were computed."""
+    """What the mixers asked for: arguments of each scan, one-step ones included, how many of them were those, and how
+    often the other costly parts were computed."""
 
     def __init__(self) -> None:
         self.scans: list[dict[str, Any]] = []
+        self.steps = 0
         self.discretised = 0
         self.taps = 0
 
@@ -26,13 +28,18 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     calls = Calls()
-    scan = scans.selective_scan
+    scan, step = scans.selective_scan, scans.selective_scan_step
     discretised = mamba1.HookedMambaMixer._discretised_scan
     by_taps = mamba1.HookedMambaMixer._conv_by_taps
 
     def counted_scan(*args: Any, **kwargs: Any) -> Any:
         calls.scans.append(kwargs | {"length": args[0].shape[1]})
         return scan(*args, **kwargs)
+
+    def counted_step(*args: Any, **kwargs: Any) -> Any:
+        calls.scans.append(kwargs | {"length": 1, "states": None})
+        calls.steps += 1
+        return step(*args, **kwargs)
 
     def counted_discretised(*args: Any) -> Any:
         calls.discretised += 1
@@ -43,6 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         return by_taps(*args)
 
     monkeypatch.setattr(scans, "selective_scan", counted_scan)
+    monkeypatch.setattr(scans, "selective_scan_step", counted_step)
     monkeypatch.setattr(mamba1.HookedMambaMixer, "_discretised_scan", counted_discretised)
     monkeypatch.setattr(mamba1.HookedMambaMixer, "_conv_by_taps", counted_taps)
     return calls

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -11,11 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ssminterp_kernels.backends import check_triton_suits, takes_triton
 from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
 from ssminterp_kernels.selective_scan.edits import StateEdits
 from ssminterp_kernels.selective_scan.torch_scan import torch_scan
-
-_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 Backend = Literal["auto", "torch", "numba", "triton"]
 
@@ -106,21 +103,9 @@ def choose_backend(arguments: ScanArguments, backend: Backend = "auto") -> Liter
             f"backend 'numba' needs x to be float32 on the CPU, got {x.dtype} on {x.device}: use 'auto' or 'torch'"
         )
     if backend == "triton":
-        _check_triton_suits(x)
+        check_triton_suits(x)
     if backend == "auto":
-        if x.device.type == "cuda" and x.dtype != torch.float64 and _TRITON_IS_INSTALLED:
+        if takes_triton(x):
             return "triton"
         return "numba" if fits_numba and not torch.compiler.is_compiling() else "torch"
     return backend
-
-
-def _check_triton_suits(x: Tensor) -> None:
-    if not _TRITON_IS_INSTALLED:
-        raise ValueError("backend 'triton' needs the package triton: pip install 'ssminterp[triton]', or use 'auto'")
-    if x.dtype == torch.float64:
-        raise ValueError("backend 'triton' takes float32, bfloat16 and float16, got x of torch.float64: use 'torch'")
-    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"backend 'triton' needs CUDA tensors, got x on {x.device}: use 'auto', or set TRITON_INTERPRET=1 before "
-            f"triton is imported to run the kernels in Triton's interpreter"
-        )

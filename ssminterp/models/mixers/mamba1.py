@@ -26,6 +26,11 @@ from ssminterp.models.mixers.scans import DiscretisedScan, SelectiveScan, Step
 from ssminterp.models.mixers.state_hook import StateHookPoint
 from ssminterp.models.mixers.state_reads import ReadHookPoint, StateReads
 from ssminterp.models.mixers.state_scan import scan_with_state_hooks
+from ssminterp.models.tracing.requests import is_requested
+from ssminterp_kernels.causal_conv import Activation, causal_conv, causal_conv_step
+
+# Hugging Face's names of it.
+SILU = ("silu", "swish")
 
 D_INNER = ("batch", "pos", "d_inner")
 D_STATE = ("batch", "pos", "d_state")
@@ -107,8 +112,7 @@ class HookedMambaMixer(nn.Module):
         in_x, gate = self.in_proj(masked).chunk(2, dim=-1)
         in_x, gate = self.hook_in_x(in_x), self.hook_gate(gate)
         initial_state = self._cached_state(cache_params)
-        conv = self.hook_conv(self._conv(in_x, cache_params))
-        x = self.act(conv)
+        x = self._conv(in_x, cache_params)
         x = self.hook_x(x if mask is None else x * mask)
         gated, final_state = self._ssm(x, gate, initial_state)
         if cache_params is not None:
@@ -125,12 +129,54 @@ class HookedMambaMixer(nn.Module):
     def _conv(
         self, in_x: Float[Tensor, "batch pos d_inner"], cache: Cache | None
     ) -> Float[Tensor, "batch pos d_inner"]:
-        """Causal depthwise conv; earlier inputs come from the cache if it holds a past."""
+        """SiLU of the causal depthwise conv; earlier inputs come from the cache if it holds a past.
+
+        The SiLU rides in the conv's kernel if no hook wants what lies between.
+        """
+        taps_wanted = self.hook_conv_taps.is_listened_to
+        if taps_wanted or not is_plain_conv(self.conv1d) or self._keeps_whole_past(cache):
+            return self.act(self.hook_conv(self._conv_by_module(in_x, cache, taps_wanted)))
+        self.hook_conv_taps.pass_by()
+        fused = self.config.hidden_act in SILU and not self.hook_conv.is_listened_to
+        with weights_at_hand(self.conv1d):
+            conv = self._fused_conv(in_x, cache, "silu" if fused else None)
+        if fused:
+            self.hook_conv.pass_by()
+            return conv
+        return self.act(self.hook_conv(conv))
+
+    def _keeps_whole_past(self, cache: Cache | None) -> bool:
+        """Whether the cache keeps more than the conv's window, to take tokens back."""
+        return cache is not None and getattr(cache.layers[self.layer_idx], "record_past", False)
+
+    def _fused_conv(
+        self, in_x: Float[Tensor, "batch pos d_inner"], cache: Cache | None, activation: Activation
+    ) -> Float[Tensor, "batch pos d_inner"]:
+        """The conv and its activation in one kernel; the cache goes on."""
+        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        window = None
+        if cache is not None and cache.has_previous_state(self.layer_idx):
+            window = cache.layers[self.layer_idx].conv_states[0]
+            if in_x.shape[1] == 1 and not torch.is_grad_enabled():
+                y, _ = causal_conv_step(in_x[:, 0], window, weight, bias, activation=activation, in_place=True)
+                return y[:, None]
+            # The cache is overwritten in place below, which autograd must not see in what the conv saved.
+            window = window.clone() if torch.is_grad_enabled() else window
+        y = causal_conv(in_x, weight, bias, activation=activation, window=window).y
+        if cache is not None:
+            latest = in_x[:, -self.d_conv :].transpose(1, 2)
+            cache.update_conv_state(latest, self.layer_idx, conv_kernel_size=self.d_conv)
+        return y
+
+    def _conv_by_module(
+        self, in_x: Float[Tensor, "batch pos d_inner"], cache: Cache | None, by_taps: bool
+    ) -> Float[Tensor, "batch pos d_inner"]:
+        """The conv before its activation, by calling conv1d or with its terms shown; the cache goes on."""
         length = in_x.shape[1]
         inputs = in_x.transpose(1, 2)
         if cache is not None:
             inputs = cache.update_conv_state(inputs, self.layer_idx, conv_kernel_size=self.d_conv)
-        if self.hook_conv_taps.is_listened_to:
+        if by_taps:
             return self._conv_by_taps(inputs, length)
         self.hook_conv_taps.pass_by()
         conv = self.conv1d(inputs)[..., : inputs.shape[-1]]
@@ -165,7 +211,9 @@ class HookedMambaMixer(nn.Module):
             # D and the gate ride in the scan's kernel if no hook wants what lies between. What a trace that waits for
             # states asks for next is not known yet.
             fused = not (self.hook_y.is_listened_to or self.hook_ssm_out.is_listened_to or self.hook_state.is_traced)
-            scan = SelectiveScan(x, step, self.A(), B, C, D if fused else None, gate if fused else None)
+            # A state that is only passed on to the next token is overwritten where it lies.
+            in_place = fused and not torch.is_grad_enabled() and not self.hook_state.is_listened_to
+            scan = SelectiveScan(x, step, self.A(), B, C, D if fused else None, gate if fused else None, in_place)
         y, final_state = scan_with_state_hooks(scan, self.hook_state, x, self.d_state, initial_state)
         if fused:
             self.hook_y.pass_by()
@@ -202,6 +250,12 @@ class HookedMambaMixer(nn.Module):
         A_bar = self.hook_A_bar(torch.exp(delta[..., None] * self.A()))
         B_bar = self.hook_B_bar(delta[..., None] * B[:, :, None].float())
         return DiscretisedScan(A_bar, B_bar * x[..., None].float(), C, x.dtype)
+
+
+def is_plain_conv(module: nn.Module) -> bool:
+    """Whether a conv need not be called to know what it does: it is no subclass or adapter, and nobody watches it."""
+    watched = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or is_requested(module)
+    return type(module) is nn.Conv1d and not watched
 
 
 @contextmanager

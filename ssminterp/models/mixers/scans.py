@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ssminterp.models.mixers.state_scan import States
+from ssminterp_kernels.scan_step import selective_scan_step
 from ssminterp_kernels.selective_scan import ScanOutput, StateEdits, recurrence, selective_scan
 
 
@@ -42,7 +43,10 @@ class Silence(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SelectiveScan:
-    """A scan of x, Δ, B and C. D and z, the gate, ride in its kernel if they are given."""
+    """A scan of x, Δ, B and C. D and z, the gate, ride in its kernel if they are given.
+
+    in_place: whether a scan over one position may write the new state over the initial one.
+    """
 
     x: Float[Tensor, "batch pos d_inner"]
     step: Step
@@ -51,10 +55,13 @@ class SelectiveScan:
     C: Float[Tensor, "batch pos d_state"]
     D: Float[Tensor, " d_inner"] | None = None
     z: Float[Tensor, "batch pos d_inner"] | None = None
+    in_place: bool = False
 
     def __call__(
         self, start: int, stop: int, initial_state: Tensor | None, states: States, edits: StateEdits | None
     ) -> ScanOutput:
+        if stop - start == 1 and edits is None and initial_state is not None:
+            return self._one_step(start, initial_state, states)
         span = slice(start, stop)
         return selective_scan(
             self.x[:, span],
@@ -70,6 +77,23 @@ class SelectiveScan:
             states=states,
             edits=edits,
         )
+
+    def _one_step(self, position: int, initial_state: Tensor, states: States) -> ScanOutput:
+        """The scan over one position, whose only state is the final one."""
+        y, state = selective_scan_step(
+            initial_state,
+            self.x[:, position],
+            self.step.delta[:, position],
+            self.A,
+            self.B[:, position],
+            self.C[:, position],
+            D=self.D,
+            z=None if self.z is None else self.z[:, position],
+            delta_bias=self.step.bias,
+            delta_softplus=self.step.softplus,
+            in_place=self.in_place,
+        )
+        return ScanOutput(y[:, None], None if states is None else state[:, None], state)
 
     def silenced(self, silence: Silence) -> SelectiveScan:
         """The scan without what `silence` names."""

@@ -157,6 +157,13 @@ def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> 
         return scan(*args, **kwargs)
 
     monkeypatch.setattr(scans_module, "selective_scan", counted)
+    step: Callable[..., Any] = scans_module.selective_scan_step
+
+    def counted_step(*args: Any, **kwargs: Any) -> Any:
+        scans.append(kwargs | {"length": 1, "states": None})
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(scans_module, "selective_scan_step", counted_step)
     model: HookedMamba = MODELS["mamba"]
     with model.trace(TOKENS, states=[4]):
         model.blocks[0].mixer.hook_delta.output.save()

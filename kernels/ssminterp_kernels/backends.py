@@ -1,0 +1,47 @@
+"""Which implementation an operator takes for given tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+Backend: TypeAlias = Literal["auto", "torch", "triton"]
+
+
+def choose_backend(x: Tensor, backend: Backend = "auto") -> Literal["torch", "triton"]:
+    """The backend that the operators which have a Triton kernel and a torch formula take for x.
+
+    "auto" is "triton" on CUDA except for float64, "torch" elsewhere. Raises ValueError for an unknown backend and for
+    one that cannot take x.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
+    if backend == "triton":
+        check_triton_suits(x)
+    if backend == "auto":
+        return "triton" if takes_triton(x) else "torch"
+    return backend
+
+
+def takes_triton(x: Tensor) -> bool:
+    """Whether "auto" means Triton for x."""
+    return x.device.type == "cuda" and x.dtype != torch.float64 and TRITON_IS_INSTALLED
+
+
+def check_triton_suits(x: Tensor) -> None:
+    """Raises ValueError, saying what to do instead, if Triton kernels cannot take x."""
+    if not TRITON_IS_INSTALLED:
+        raise ValueError("backend 'triton' needs the package triton: pip install 'ssminterp[triton]', or use 'auto'")
+    if x.dtype == torch.float64:
+        raise ValueError("backend 'triton' takes float32, bfloat16 and float16, got x of torch.float64: use 'torch'")
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend 'triton' needs CUDA tensors, got x on {x.device}: use 'auto', or set TRITON_INTERPRET=1 before "
+            f"triton is imported to run the kernels in Triton's interpreter"
+        )
