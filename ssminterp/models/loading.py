@@ -27,6 +27,7 @@ from ssminterp.models.adapters import ADAPTER_CONFIG, base_of, with_adapter
 from ssminterp.models.hub import check_is_checkpoint, checkpoint_files
 from ssminterp.models.mixers import MIXERS
 from ssminterp.models.verify import TOLERANCE
+from ssminterp.models.weight_files import check_weight_files
 
 TokenizerLike = PreTrainedTokenizerBase | str | Path
 
@@ -121,17 +122,19 @@ def _read_config(name: str | Path, folder: Path, trust_remote_code: bool) -> tup
             return original_format.to_transformers_config(entries), True
         if "model_type" not in entries:
             raise ValueError(f"{path} names no model_type, and has not the entries of mamba_ssm's format")
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    architectures = config.architectures or [f"{config.model_type} (no architecture named)"]
-    if architectures[0] not in MIXERS:
-        raise ValueError(f"{str(name)!r} is a {architectures[0]}; supported are {', '.join(MIXERS)}")
-    return config, False
+    # Before transformers reads it, which knows other architectures than these, and does not know them all.
+    architecture = (entries.get("architectures") or [f"{entries['model_type']} (no architecture named)"])[0]
+    if architecture not in MIXERS:
+        raise ValueError(f"{str(name)!r} is a {architecture}; supported are {', '.join(MIXERS)}")
+    with _named_errors(name):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), False
 
 
 def _load_weights(name: str | Path, folder: Path, config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
     # Weights of the wrong shape are reported by `_check_complete`, which names them.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _named_errors(name):
+        check_weight_files(folder)
         try:
             hf_model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
         except NotImplementedError:
@@ -170,7 +173,8 @@ def _named_errors(name: str | Path, advice: str = "") -> Iterator[None]:
             f"(torch.load says: {str(error).splitlines()[0]})"
         ) from error
     except Exception as error:
-        raise ValueError(f"cannot load {str(name)!r}: {type(error).__name__}: {error} {advice}".rstrip()) from error
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(f"cannot load {str(name)!r}: {kind}{error} {advice}".rstrip()) from error
 
 
 def _tokenizer(

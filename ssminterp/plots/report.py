@@ -19,8 +19,9 @@ th { border-bottom: 1px solid #9aa5b1 } tr:nth-child(even) td { background: #f5f
 """
 
 
-def save_report(path: Path, title: str, tables: Mapping[str, pd.DataFrame], figures: Sequence[go.Figure]) -> Path:
+def save_report(path: str | Path, title: str, tables: Mapping[str, pd.DataFrame], figures: Sequence[go.Figure]) -> Path:
     """Write a page that works offline (plotly.js lies beside it in plotly.min.js). Returns the path."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     (path.parent / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
     parts = [

@@ -92,11 +92,12 @@ def _escaped(labels: object) -> object:
     return escape(array.astype(object)) if array.size else labels
 
 
-def save_html(figure: go.Figure, path: Path, shared_script: bool = False) -> Path:
+def save_html(figure: go.Figure, path: str | Path, shared_script: bool = False) -> Path:
     """Write a figure as a page that works offline. Returns the path.
 
     shared_script: keep plotly.js in one file beside the pages instead of 4 MB inside each.
     """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(path, include_plotlyjs="directory" if shared_script else True)
     return path

@@ -104,7 +104,7 @@ def study_figures(study: IOIStudy) -> list[go.Figure]:
     ]
 
 
-def save_ioi_report(study: IOIStudy, path: Path) -> Path:
+def save_ioi_report(study: IOIStudy, path: str | Path) -> Path:
     """Write the page. Returns its path."""
     title = f"Indirect object identification in {study.model_name}"
     return save_report(path, title, study_tables(study), study_figures(study))

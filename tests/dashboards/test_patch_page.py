@@ -30,6 +30,7 @@ def test_a_run_shows_the_map_its_strongest_cell_and_what_makes_them() -> None:
     app = run(open_page("patch", **MODEL))
     assert errors(app) == ""
     assert set(charts(app)) == {"map", "tokens", "each", "each_channel", "channels"}
+    assert "neither is a bound" in " ".join(caption.value for caption in app.caption)
     snippets = [code.value for code in app.code]
     assert len(snippets) == 5
     made = []

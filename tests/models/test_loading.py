@@ -97,21 +97,30 @@ def test_a_folder_without_config(tmp_path: Path) -> None:
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     (saved(tmp_path) / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"cannot load .*model.safetensors"):
+    with pytest.raises(ValueError, match=r"cannot load .* holds no weights: neither of model.safetensors"):
         HookedMamba.from_pretrained(tmp_path)
 
 
 def test_a_missing_shard(tmp_path: Path) -> None:
     sorted(saved(tmp_path, max_shard_size="2KB").glob("*.safetensors"))[1].unlink()
-    with pytest.raises(ValueError, match=r"cannot load .*00002"):
+    with pytest.raises(ValueError, match=r"cannot load .*index.json, \S+00002-of-\S+ is not there: fetch"):
         HookedMamba.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 300, -1])
-def test_truncated_weights(kept: int, tmp_path: Path) -> None:
-    path = saved(tmp_path) / "model.safetensors"
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "2KB"}], ids=["one file", "sharded"])
+def test_truncated_weights(kept: int, options: dict[str, Any], tmp_path: Path) -> None:
+    path = sorted(saved(tmp_path, **options).glob("*.safetensors"))[-1]
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match="cannot load"):
+    with pytest.raises(ValueError, match=rf"cannot load .*{path.name} is damaged or was cut off at .*fetch"):
+        HookedMamba.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../elsewhere.safetensors"}}'])
+def test_an_index_that_is_none(text: str, tmp_path: Path) -> None:
+    saved(tmp_path, max_shard_size="2KB")
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"cannot load .*index.json (is no index|names files outside)"):
         HookedMamba.from_pretrained(tmp_path)
 
 
@@ -134,17 +143,24 @@ class Touch:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("kept", [0, 5, 300, -1])
-def test_a_truncated_pickle(kept: int, tmp_path: Path) -> None:
-    path = write_pickle(tiny_model(), tmp_path) / "pytorch_model.bin"
+@pytest.mark.parametrize("kept", [0, 5, 300, -200, -1])
+@pytest.mark.parametrize("n_shards", [1, 3])
+def test_a_truncated_pickle(kept: int, n_shards: int, tmp_path: Path) -> None:
+    path = sorted(write_pickle(tiny_model(), tmp_path, n_shards).glob("*.bin"))[-1]
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match="cannot load"):
+    with pytest.raises(ValueError, match=r"cannot load .*damaged"):
         HookedMamba.from_pretrained(tmp_path)
+
+
+def test_a_pickle_of_before_archives(tmp_path: Path) -> None:
+    path = write_pickle(tiny_model(), tmp_path) / "pytorch_model.bin"
+    torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
+    torch.testing.assert_close(HookedMamba.from_pretrained(tmp_path, device="cpu")(TOKENS), hooked()(TOKENS))
 
 
 def test_a_missing_shard_of_a_pickle(tmp_path: Path) -> None:
     sorted(write_pickle(tiny_model(), tmp_path, n_shards=3).glob("*.bin"))[1].unlink()
-    with pytest.raises(ValueError, match=r"cannot load .*00002"):
+    with pytest.raises(ValueError, match=r"cannot load .*index.json, \S+00002-of-\S+ is not there: fetch"):
         HookedMamba.from_pretrained(tmp_path)
 
 
@@ -231,6 +247,17 @@ def test_a_model_that_is_no_mamba(tmp_path: Path) -> None:
     assert [type(module) for module in plain.modules()] == modules
     with pytest.raises(ValueError, match="MambaModel is not supported"):
         HookedMamba.from_hf(tiny_model().backbone)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Mamba2ForCausalLM", "Mamba9ForCausalLM"])
+def test_an_architecture_that_is_not_supported(architecture: str, tmp_path: Path) -> None:
+    """Known to transformers or not, and whatever else its config says."""
+    kind = architecture.removesuffix("ForCausalLM").lower()
+    edit_json(saved(tmp_path) / "config.json", architectures=[architecture], model_type=kind)
+    with pytest.raises(
+        ValueError, match=f"is a {architecture}; supported are MambaForCausalLM, FalconMambaForCausalLM"
+    ):
+        HookedMamba.from_pretrained(tmp_path)
 
 
 def test_an_unknown_model_type(tmp_path: Path) -> None:

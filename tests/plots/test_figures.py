@@ -34,6 +34,12 @@ def test_axes_show_tokens_and_the_title_the_baselines(sweep: DataArray) -> None:
         assert part in layout.title.text
 
 
+def test_labels_for_tokens_that_differ_are_explained_where_there_are_some(sweep: DataArray) -> None:
+    assert "different tokens" in patching_heatmap(sweep).layout.xaxis.title.text
+    same = sweep.assign_coords(position=["0 When", "1 Mary", "2 to"])
+    assert patching_heatmap(same).layout.xaxis.title.text == "position"
+
+
 def test_the_other_direction_counts_from_the_clean_run(sweep: DataArray) -> None:
     figure = patching_heatmap(sweep.assign_attrs(direction="corrupted_to_clean"))
     np.testing.assert_allclose(figure.data[0].z, [[1.0, 0.5, 0.0], [0.75, 1.25, -1.0]])
@@ -55,10 +61,10 @@ def test_what_cannot_be_shown_is_refused(sweep: DataArray) -> None:
 
 
 def test_pages_work_offline_and_escape_text(sweep: DataArray, tmp_path: Path) -> None:
-    page = save_html(patching_heatmap(sweep), tmp_path / "figures" / "state.html")
+    page = save_html(patching_heatmap(sweep), f"{tmp_path}/figures/state.html")
     assert "https://cdn" not in page.read_text(encoding="utf-8")[:2000]
     table = pd.DataFrame({"position": ["<script>"], "moved": [0.5]})
-    report = save_report(tmp_path / "index.html", "a < b", {"Strongest": table}, [patching_heatmap(sweep)])
+    report = save_report(str(tmp_path / "index.html"), "a < b", {"Strongest": table}, [patching_heatmap(sweep)])
     text = report.read_text(encoding="utf-8")
     assert "a &lt; b" in text
     assert "<td>&lt;script&gt;</td>" in text

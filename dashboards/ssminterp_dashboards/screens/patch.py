@@ -222,8 +222,9 @@ def explore(loaded: Loaded, request: Request, hooks: list[str], sweep: xr.DataAr
         data=sweep,
         snippet=snippets.sweep(loaded, request, [hook, *(other for other in hooks if other != hook)]),
         note=f"{sweeps.METRICS[request.metric]}; {sweeps.INTERVENTIONS[request.intervention]}  \nStrongest: layer "
-        f"{top['layer']} at {plain(str(top['position']))}, {top['moved']:.0%} of the way. :material/touch_app: Click a "
-        "cell to see it from near.",
+        f"{top['layer']} at {plain(str(top['position']))}, {top['moved']:.0%} of the way. 0 % is the run "
+        "that is changed, 100 % the other one, and neither is a bound: one cell can overshoot.  \n:material/touch_app: "
+        "Click a cell to see it from near.",
         on_click=lambda row, place: _choose(row, shown[place]),
         in_panel=True,
     )
