@@ -19,7 +19,11 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode
         yield beside
+        # safetensors lets nobody but the owner read what it writes, whatever the user's umask says.
+        beside.chmod(mode)
         beside.replace(path)
     except (SafetensorError, OSError) as error:
         beside.unlink(missing_ok=True)

@@ -19,6 +19,8 @@ from ssminterp.activations.folder import read_index
 from ssminterp.models.hook_names import NamesFilter, match_names
 
 Row = dict[str, Any]
+# Hooks that are named in a dataset's description.
+SHOWN = 4
 
 
 class ActivationDataset(Dataset[Row]):
@@ -67,6 +69,12 @@ class ActivationDataset(Dataset[Row]):
             numbers = {name: int(tensors[f"row.{name}"][at]) for name in ("text", "position", "token")}
             found.append({name: tensors[name][at].clone() for name in self.hooks} | numbers)
         return found
+
+    def __repr__(self) -> str:
+        hooks = ", ".join(f"{hook} [{', '.join(self.axes(hook))}]" for hook in self.hooks[:SHOWN])
+        more = f", and {len(self.hooks) - SHOWN} more" if len(self.hooks) > SHOWN else ""
+        read = f"{len(self):,} rows of {self.n_texts:,} texts, {self.model_name}"
+        return f"ActivationDataset({str(self.folder)!r}, {read}: {hooks}{more})"
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker of a DataLoader maps the files itself.

@@ -20,6 +20,8 @@ Folder = Annotated[Path, typer.Argument(help="folder of cartridges")]
 Name = Annotated[str, typer.Argument(help="name of the cartridge in the folder")]
 Model = Annotated[str, typer.Option(help="bundled name, local folder or hub name")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA if there is one by default")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as saved)")]
+Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub name")]
 
 
 @app.command("list")
@@ -51,6 +53,8 @@ def read_state(
     after: Annotated[str | None, typer.Option(help="a cartridge of the folder to go on from")] = None,
     model: Model = "tiny-mamba",
     device: Device = None,
+    dtype: Dtype = "float32",
+    revision: Revision = None,
     chunk: Annotated[int, typer.Option(min=1, help="tokens read at once")] = 2048,
     overwrite: Annotated[bool, typer.Option(help="replace a cartridge of that name")] = False,
 ) -> None:
@@ -61,7 +65,7 @@ def read_state(
         library = CartridgeLibrary(folder)
         if library.path(name).exists() and not overwrite:
             raise ValueError(f"{folder} holds a cartridge called {name!r} already: pass --overwrite, or another name")
-        hooked = HookedMamba.from_pretrained(model, device=device)
+        hooked = HookedMamba.from_pretrained(model, device=device, dtype=dtype, revision=revision)
         before = None if after is None else library.read(after, hooked)
         with ExitStack() as stack:
             lines = iter([text or ""]) if file is None else stack.enter_context(file.open(encoding="utf-8"))
@@ -80,10 +84,12 @@ def apply_state(
     new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 1,
     model: Model = "tiny-mamba",
     device: Device = None,
+    dtype: Dtype = "float32",
+    revision: Revision = None,
 ) -> None:
     """Put a cartridge under a question and print what the model says next, and what it says without the cartridge."""
     try:
-        hooked = HookedMamba.from_pretrained(model, device=device)
+        hooked = HookedMamba.from_pretrained(model, device=device, dtype=dtype, revision=revision)
         state = CartridgeLibrary(folder).read(name, hooked)
         if state.batch != 1:
             raise ValueError(f"{name!r} holds a batch of {state.batch} texts: only one can be asked here")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from hypothesis import given
@@ -433,7 +434,16 @@ def test_a_batch_that_would_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_hugging_face_dataset(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"text": TEXTS})
     check_rows(collect(tmp_path / "whole", rows))
     check_rows(collect(tmp_path / "stream", rows.to_iterable_dataset()))
+    renamed = rows.rename_column("text", "body")
+    check_rows(collect(tmp_path / "renamed", renamed, text_field="body"))
+
+
+def test_a_dataset_says_what_it_holds(tmp_path: Path) -> None:
+    data = collect(tmp_path, hooks=["state", "x"], layers=[1])
+    assert repr(data) == (
+        f"ActivationDataset({str(tmp_path)!r}, {len(data)} rows of {data.n_texts} texts, {data.model_name}: "
+        "blocks.1.mixer.hook_x [d_inner], blocks.1.mixer.hook_state [d_inner, d_state])"
+    )

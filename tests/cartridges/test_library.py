@@ -90,6 +90,17 @@ def test_the_command_reads_lists_and_answers(tmp_path: Path) -> None:
         assert "potato" not in said.split("without:")[1]
 
 
+def test_the_command_takes_precision_and_revision(tmp_path: Path) -> None:
+    """A cartridge read in half precision is asked in half precision."""
+    options = ["--model", "nano-mamba", "--device", "cpu"]
+    assert run("read", tmp_path, "a", "--text", "Given red: lamp.", "--dtype", "bfloat16", *options)[0] == 0
+    assert CartridgeLibrary(tmp_path).read("a").conv.dtype == torch.bfloat16
+    assert "with a: Now red:" in run("apply", tmp_path, "a", " Now red:", "--dtype", "bfloat16", *options)[1]
+    assert "dtype must be one of" in run("apply", tmp_path, "a", " Now red:", "--dtype", "half", *options)[1]
+    for command in (["read", tmp_path, "b", "--text", "Given"], ["apply", tmp_path, "a", " Now red:"]):
+        assert "revision='v2' is for names on the hub" in run(*command, "--revision", "v2", *options)[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,13 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         ModelState.load(path)
     with pytest.raises(ValueError, match="cannot be read as a state"):
         ModelState.load(tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions as Unix has them")
+def test_files_are_readable_as_other_files_are(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    STATE.save(tmp_path / "state")
+    assert (tmp_path / "state").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_an_interrupted_save_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
