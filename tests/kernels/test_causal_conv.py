@@ -119,28 +119,6 @@ def test_float64_and_gradcheck() -> None:
     )
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(64, 16, 2048, 4, None), (3, 1000, 1536, 4, 4), (1, 300_000, 64, 4, None)], ids=str)
-def test_large_shapes_on_the_gpu(shape: Any, dtype: torch.dtype) -> None:
-    """Beside conv1d on the same device, in float64."""
-    inputs = random_inputs(shape, dtype, "cuda")
-    weights = torch.randn(*shape[:3], device="cuda", dtype=torch.float64)
-    ours = causal_conv(**inputs, activation="silu").y
-    gradients = torch.autograd.grad((ours.double() * weights).sum(), [v for v in inputs.values() if v is not None])
-    wide = {name: None if v is None else v.detach().double().requires_grad_() for name, v in inputs.items()}
-    before = torch.zeros(shape[0], shape[2], 3, device="cuda", dtype=torch.float64)
-    before = before if wide["window"] is None else wide["window"][..., -3:]
-    source = torch.cat([before, wide["x"].transpose(1, 2)], dim=2)
-    y = F.silu(F.conv1d(source, wide["weight"][:, None], wide["bias"], groups=shape[2])).transpose(1, 2)
-    expected = torch.autograd.grad((y * weights).sum(), [v for v in wide.values() if v is not None])
-    assert relative_error(ours, y) <= TOLERANCE[dtype]
-    for g, e in zip(gradients, expected, strict=True):
-        assert relative_error(g, e) <= TOLERANCE[dtype]
-    again = torch.autograd.grad((causal_conv(**inputs, activation="silu").y.double() * weights).sum(), inputs["weight"])
-    assert torch.equal(again[0], gradients[1])
-
-
 @given(
     length=st.integers(1, 9),
     cut=st.integers(0, 9),

@@ -111,20 +111,6 @@ def test_extreme_steps_and_bad_numbers_stay_local(backend: str, device: str) -> 
     assert not after[:, 4].isfinite().any()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sizes", [(1, 1536, 16), (64, 2048, 16), (8, 5120, 128)], ids=str)
-def test_large_shapes_on_the_gpu(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
-    batch, d_inner, d_state = sizes
-    case = ScanCase(batch=batch, length=1, d_inner=d_inner, d_state=d_state, dtype=dtype, states=None)
-    inputs = random_scan_inputs(case, device="cuda")
-    expected = reference(**in_float64(inputs))
-    with torch.no_grad():
-        out = step_of(inputs, in_place=True)
-    assert relative_error(out.y, expected["y"][:, 0]) <= TOLERANCE[dtype]
-    assert relative_error(out.state, expected["final_state"]) <= TOLERANCE[dtype]
-
-
 def test_bad_input(as_users_run_it: None) -> None:
     good: dict[str, Any] = {
         "state": torch.zeros(2, 4, 3),

@@ -86,3 +86,19 @@ def test_seeded_sampling_leaves_the_gpu_generator_alone() -> None:
     first = model.generate(tokens, 10, seed=3, do_sample=True, temperature=2.0)
     assert torch.equal(torch.cuda.get_rng_state(), before)
     assert torch.equal(model.generate(tokens, 10, seed=3, do_sample=True, temperature=2.0), first)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_steps_are_one_run(family: str, dtype: torch.dtype) -> None:
+    model = on_gpu(hooked(family, hidden_size=64, vocab_size=200), dtype)
+    tokens = random_tokens(3, 40, vocab=200).cuda()
+    whole = model(tokens)
+    state = model.read(tokens[:, :7])
+    rows = []
+    cache = model.cache_of(state, 3)
+    for t in range(7, 40):
+        rows.append(model.hf_model(input_ids=tokens[:, t : t + 1], cache_params=cache, use_cache=True).logits)
+    allowed = (1e-3 if dtype == torch.float32 else 0.1) * max(1.0, whole.abs().max().item())
+    assert (torch.cat(rows, dim=1) - whole[:, 7:]).abs().max().item() <= allowed
