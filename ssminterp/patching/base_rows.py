@@ -9,18 +9,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ssminterp.patching.stages import ScanInputs, Stages
+from ssminterp.patching.stages import ScanInputs, Stages, read
 
 
 class BaseRows:
     """The base rows of a layer: `inputs` to the scan at all positions, and what every hook holds at position 0."""
 
-    def __init__(self, stages: Stages, resid: Tensor, mixer_in: Tensor, in_x: Tensor, conv: Tensor, gate: Tensor):
+    def __init__(
+        self, stages: Stages, resid: Tensor, mixer_in: Tensor, in_x: Tensor, gate: Tensor, inputs: ScanInputs
+    ) -> None:
         self.stages = stages
         self.resid_pre, self.mixer_in, self.in_x = resid[:, 0].clone(), mixer_in[:, 0], in_x[:, 0]
         self.all_in_x, self.all_gate = in_x, gate
-        self.conv = conv[:, 0]
-        self.inputs: ScanInputs
+        self.inputs = inputs
 
     def value(self, short: str) -> Float[Tensor, "n *features"]:
         return getattr(self, short)
@@ -28,6 +29,10 @@ class BaseRows:
     @property
     def gate(self) -> Tensor:
         return self.all_gate[:, 0]
+
+    @cached_property
+    def conv(self) -> Tensor:
+        return self.stages.conv(self.in_x[:, None])[:, 0]
 
     @property
     def conv_taps(self) -> Tensor:
@@ -80,8 +85,3 @@ class BaseRows:
     @cached_property
     def resid_post(self) -> Tensor:
         return self.resid_pre + self.mixer_out
-
-
-def read(state: Float[Tensor, "rows d_inner d_state"], C: Float[Tensor, "rows d_state"]) -> Tensor:
-    """What C reads from the state."""
-    return (state @ C[..., None].float())[..., 0]

@@ -14,6 +14,7 @@ of n sites each, a tile for every cell, so that row r belongs to site r mod n.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,12 +25,13 @@ from torch import Tensor
 
 from ssminterp.models import HookPoint
 from ssminterp.models.hook_points import HookSpec
-from ssminterp.patching.base_rows import BaseRows, read
+from ssminterp.patching.base_rows import BaseRows
+from ssminterp.patching.compiled_stages import stages_of
 from ssminterp.patching.moved import Place
 from ssminterp.patching.request import Sweep
 from ssminterp.patching.sites import Sites
-from ssminterp.patching.stages import Past, ScanInputs, Stages
-from ssminterp.patching.tiles import Pile, Rows, tiled, tiled_inputs
+from ssminterp.patching.stages import Past, ScanInputs, Stages, read, tiled
+from ssminterp.patching.tiles import Pile, Rows
 
 # Where a change takes hold in its own layer. All other hooks come after the state.
 BEFORE_CONV = ("resid_pre", "mixer_in", "in_x")
@@ -86,38 +88,27 @@ class _Fork(NamedTuple):
 
 
 class _Layer:
-    """One layer of a pass: where its changes part from the base, and what all rows make of it.
+    """One layer of a pass: where its changes part from the base, and what all rows make of it."""
 
-    keep: the positions after which the residual stream is wanted; None means all.
-    """
-
-    def __init__(self, sweep: Sweep, stages: Stages, groups: Sequence[Changes], keep: list[int] | None) -> None:
+    def __init__(self, sweep: Sweep, stages: Stages, groups: Sequence[Changes]) -> None:
         self.sweep = sweep
         self.stages = stages
         self.groups = groups
-        self.keep = keep
-        self.at = _index(keep, stages.past.state.device)
-        self.site_is_kept = keep is None or keep[0] == 0
+        self.site_is_kept = stages.keep is None or stages.keep[0] == 0
 
     def run(self, rows: Rows) -> Tensor | None:
         """Bring the rows behind the layer; with `keep`, [tiles, n, n_keep, d_model] of `rows.cells` comes back."""
         hidden = rows.used
-        stages = self.stages
+        stages, n = self.stages, self.stages.n
         resid = hidden.flatten(0, 1)
         mixer_in = stages.normed(resid)
-        if self.keep is None:
-            in_x, gate = stages.projected(mixer_in)
-        else:
-            in_x, gate = stages.projected_where_read(mixer_in, self.at)
-        conv = stages.conv(in_x)
-        n = stages.n
-        inputs = stages.scan_inputs(stages.mixer.act(conv))
-        base = BaseRows(stages, resid[:n], mixer_in[:n], in_x[:n], conv[:n], gate[:n])
-        base.inputs = inputs.map(lambda tensor: tensor[:n])
-        forks = [fork for fork in (self._before_conv(rows, base), self._up_to_state(base)) if fork.cells]
+        in_x, gate = stages.projected_where_read(mixer_in)
+        inputs = stages.scan_inputs(stages.activated(in_x))
+        base = BaseRows(stages, resid[:n], mixer_in[:n], in_x[:n], gate[:n], inputs.map(lambda tensor: tensor[:n]))
+        forks = [fork for fork in (self._before_conv(rows, base), self._up_to_state(base)) if fork is not None]
         local = self._after_state(base)
-        gated = self._gated(inputs, stages.past_state(len(hidden)), gate)
-        if self.keep is None:
+        gated = stages.gated(inputs, gate)
+        if stages.keep is None:
             self._grow(rows, hidden, gated, forks)
             rows.first_cells, rows.first = local.cells, rows.first[:0] if local.tensor is None else local.tensor
             return None
@@ -134,7 +125,7 @@ class _Layer:
     def _last(
         self, rows: Rows, hidden: Tensor, gated: Tensor, forks: Sequence[_Fork], local: Pile
     ) -> Float[Tensor, "tiles n n_keep d_model"]:
-        before = hidden[:, :, self.at]
+        before = hidden[:, :, self.stages.at]
         out = self.stages.out(gated)
         parts = [before + out.view_as(before)]
         for fork in forks:
@@ -150,15 +141,6 @@ class _Layer:
             rows.cells += local.cells
         return torch.cat(parts)
 
-    def _gated(self, inputs: ScanInputs, state: Tensor, gate: Tensor) -> Tensor:
-        """What goes into out_proj, at the positions that are kept."""
-        if self.keep is None:
-            return self.stages.scan(inputs, state, gate)[0]
-        return self._gate(self.stages.scan(inputs, state, None)[0], gate)
-
-    def _gate(self, ssm_out: Tensor, gate: Tensor) -> Tensor:
-        return ssm_out[:, self.at] * F.silu(gate)
-
     def _of(self, *shorts: str) -> list[Changes]:
         return [group for group in self.groups if group.spec.short in shorts]
 
@@ -167,7 +149,7 @@ class _Layer:
         for group in self._of(*shorts):
             pile.add(group.cells, group.applied(self.sweep, base.value(group.spec.short)))
 
-    def _before_conv(self, rows: Rows, base: BaseRows) -> _Fork:
+    def _before_conv(self, rows: Rows, base: BaseRows) -> _Fork | None:
         """Changes that the conv carries on: what the previous layer changed at the site alone is one of them."""
         stages = self.stages
         pile = Pile(stages.n, rows.first_cells, rows.first)
@@ -186,23 +168,17 @@ class _Layer:
         pile.map(project)
         self._changed(pile, base, "in_x")
         if not pile:
-            return _Fork([], base.gate)
+            return None
         assert pile.tensor is not None
         assert resid is not None
-        length = base.all_in_x.shape[1]
-        reach = min(len(stages.taps), length)
+        reach = min(len(stages.taps), base.all_in_x.shape[1])
         in_x = torch.cat([pile.tensor[:, None], tiled(base.all_in_x[:, 1:reach], pile.tiles)], 1)
-        early = stages.scan_inputs(stages.mixer.act(stages.conv(in_x)))
-        late = base.inputs.at(slice(reach, None)).map(lambda tensor: tiled(tensor, pile.tiles))
-        gate = base.all_gate.repeat(pile.tiles, 1, 1)
-        if self.site_is_kept and n_gates:
-            gate[: n_gates * stages.n, 0] = gates[0]
+        early = stages.scan_inputs(stages.activated(in_x))
+        first_gate = gates[0] if self.site_is_kept and n_gates else None
         first = torch.cat([resid, tiled(base.resid_pre, pile.tiles - n_resid)]) if n_resid < pile.tiles else resid
-        return _Fork(
-            pile.cells, self._gated(ScanInputs.cat([early, late], 1), stages.past_state(pile.tiles), gate), first
-        )
+        return _Fork(pile.cells, stages.rejoined(early, first_gate, base.inputs, base.all_gate), first)
 
-    def _up_to_state(self, base: BaseRows) -> _Fork:
+    def _up_to_state(self, base: BaseRows) -> _Fork | None:
         """Changes of what goes into the scan at the site, or of the state there: they go on through the state alone."""
         stages = self.stages
         conv = Pile(stages.n)
@@ -218,34 +194,17 @@ class _Layer:
             steps.append(raw._replace(delta=stages.delta(raw.delta), raw=False))
         here = ScanInputs(base.x[:, None], base.delta[:, None], base.B[:, None], base.C[:, None], raw=False)
         for group in self._of("delta", "B"):
+            tiles = len(group.cells)
             new = group.applied(self.sweep, base.value(group.spec.short))[:, None]
-            others = tiled_inputs(here, len(group.cells))
+            others = here.map(functools.partial(tiled, tiles=tiles))
             steps.append(others._replace(delta=new) if group.spec.short == "delta" else others._replace(B=new))
             cells = cells + list(group.cells)
-        states, outs = [], []
-        gate = base.gate if self.keep is None else None
-        if steps:
-            step = ScanInputs.cat(steps, 0)
-            tiled_gate = None if gate is None else tiled(gate[:, None], len(cells))
-            out, state = stages.scan(step, stages.past_state(len(cells)), tiled_gate)
-            states.append(state)
-            outs.append(out)
-        changed = self._states(base)
-        if changed.tensor is not None:
-            tiles = changed.tiles
-            y = read(changed.tensor, tiled(base.C, tiles)).to(base.x.dtype)
-            out = y + stages.D * tiled(base.x, tiles)
-            states.append(changed.tensor)
-            outs.append((out if gate is None else out * F.silu(tiled(gate, tiles)))[:, None].to(base.x.dtype))
-            cells = cells + changed.cells
+        states = self._states(base)
+        cells = cells + states.cells
         if not cells:
-            return _Fork([], base.gate)
-        first = torch.cat(outs)
-        if base.all_in_x.shape[1] > 1:
-            later = tiled_inputs(base.inputs.at(slice(1, None)), len(cells))
-            rest = None if gate is None else tiled(base.all_gate[:, 1:], len(cells))
-            first = torch.cat([first, stages.scan(later, torch.cat(states), rest)[0]], 1)
-        return _Fork(cells, first if gate is not None else self._gate(first, tiled(base.all_gate, len(cells))))
+            return None
+        step = ScanInputs.cat(steps, 0) if steps else None
+        return _Fork(cells, stages.carried(step, states.tensor, base.inputs, base.all_gate))
 
     def _states(self, base: BaseRows) -> Pile:
         """The states at the sites where they, or what makes them from those before, are changed."""
@@ -306,16 +265,8 @@ def run_rows(
         rows.hidden, rows.first = (tensor.to(past.state.device) for tensor in (rows.hidden, rows.first))
         last = layer == len(pasts) - 1
         groups = changes.get(layer, ())
-        hidden = _Layer(sweep, Stages(model.blocks[layer], past), groups, keep if last else None).run(rows)
+        stages = stages_of(model.blocks[layer], past, keep if last else None)
+        hidden = _Layer(sweep, stages, groups).run(rows)
         if hidden is not None:
             return rows.cells, hidden[1:]
     raise AssertionError("a model has at least one layer")
-
-
-def _index(keep: list[int] | None, device: torch.device) -> slice | Tensor:
-    """What picks the positions: a view, if they follow each other."""
-    if keep is None:
-        return slice(None)
-    if keep[-1] - keep[0] + 1 == len(keep):
-        return slice(keep[0], keep[-1] + 1)
-    return torch.tensor(keep, device=device)

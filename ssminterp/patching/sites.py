@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssminterp.models import HookedMamba, HookPoint
 from ssminterp.models.hook_points import Recorder, attached
+from ssminterp.patching.placed_states import PlacedStates
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +104,7 @@ def collect(
     """
     distinct = {id(w.places): w.places for w in wanted}
     length = 1 + max((int(places.unique[-1]) for places in distinct.values() if len(places.rows)), default=-1)
+    scans = _scans(model, len(tokens), wanted)
     found: list[Tensor | None] = [None] * len(wanted)
     backbone: Any = model.lm.backbone
     cache = None
@@ -112,9 +114,39 @@ def collect(
         gatherers = [
             _Gatherer(here[id(w.places)], len(w.places.rows), out) for w, out in zip(wanted, found, strict=True)
         ]
-        listening = [(w.point, g) for w, g in zip(wanted, gatherers, strict=True) if len(g.here.rows)]
+        listening: list[tuple[HookPoint, Recorder]] = [
+            (w.point, gatherer)
+            for i, (w, gatherer) in enumerate(zip(wanted, gatherers, strict=True))
+            if len(gatherer.here.rows) and not any(i in own for own in scans.values())
+        ]
+        listening += [(point, scan) for scan in scans for point in scan.points]
         with attached(listening):
             run = backbone(input_ids=tokens[:, start:stop], cache_params=cache, use_cache=span < length)
         cache = run.cache_params
-        found = [g.out for g in gatherers]
+        found = [gatherer.out for gatherer in gatherers]
+    for scan, own in scans.items():
+        parts = scan.states().split([len(wanted[i].places.rows) for i in own])
+        for i, part in zip(own, parts, strict=True):
+            found[i] = part
     return found
+
+
+def _scans(model: HookedMamba, n_runs: int, wanted: Sequence[Wanted]) -> dict[PlacedStates, list[int]]:
+    """Recorders of states, where the compiled scan can give them, and which of `wanted` each of them has."""
+    by_layer: dict[int, list[int]] = {}
+    for i, (point, places) in enumerate(wanted):
+        layer = point.layer
+        if point.spec.short != "state" or layer is None or not PlacedStates.suit(model, layer):
+            continue
+        if len(places.rows) and int(places.unique[-1]) >= 0:
+            by_layer.setdefault(layer, []).append(i)
+    return {
+        PlacedStates(
+            model,
+            layer,
+            n_runs,
+            torch.cat([wanted[i].places.rows for i in own]),
+            torch.cat([wanted[i].places.positions for i in own]),
+        ): own
+        for layer, own in by_layer.items()
+    }

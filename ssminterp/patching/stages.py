@@ -65,12 +65,17 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 class Stages:
-    """The stages of one layer, in the order of the computation (names and equations as in `mixers.mamba1`)."""
+    """The stages of one layer, in the order of the computation (names and equations as in `mixers.mamba1`).
 
-    def __init__(self, block: Any, past: Past) -> None:
+    keep: the positions, ascending, whose gated output is wanted, and gates are given; None means all.
+    """
+
+    def __init__(self, block: Any, past: Past, keep: list[int] | None = None) -> None:
         self.block = block
         self.mixer: HookedMambaMixer = block.mixer
         self.past = past
+        self.keep = keep
+        self.at = _index(keep, past.state.device)
         mixer = self.mixer
         with weights_at_hand(mixer):
             self.A, self.D = mixer.A(), mixer.D.float()
@@ -91,17 +96,19 @@ class Stages:
         in_x, gate = linear(self.mixer.in_proj, mixer_in).chunk(2, dim=-1)
         return in_x, gate
 
-    def projected_where_read(
-        self, mixer_in: Float[Tensor, "rows pos d_model"], keep: slice | Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def projected_where_read(self, mixer_in: Float[Tensor, "rows pos d_model"]) -> tuple[Tensor, Tensor]:
         """in_x at all positions, gate at those of `keep`."""
         module: Any = self.mixer.in_proj
-        if not is_plain(module):
+        if self.keep is None or not is_plain(module):
             in_x, gate = self.projected(mixer_in)
-            return in_x, gate[:, keep]
+            return in_x, gate[:, self.at]
         halves = module.weight.chunk(2)
         biases = (None, None) if module.bias is None else module.bias.chunk(2)
-        return product(mixer_in, halves[0], biases[0]), product(mixer_in[:, keep], halves[1], biases[1])
+        return product(mixer_in, halves[0], biases[0]), product(mixer_in[:, self.at], halves[1], biases[1])
+
+    def activated(self, in_x: Float[Tensor, "rows pos d_inner"]) -> Float[Tensor, "rows pos d_inner"]:
+        """x from in_x."""
+        return self.mixer.act(self.conv(in_x))
 
     def conv(self, in_x: Float[Tensor, "rows pos d_inner"]) -> Float[Tensor, "rows pos d_inner"]:
         """The conv with its bias, as shifted sums: rows are short and many."""
@@ -144,7 +151,67 @@ class Stages:
         """Δ from what `scan_inputs` has of it."""
         return F.softplus(raw.float() if self.dt_bias is None else raw.float() + self.dt_bias)
 
-    def scan(
+    def gated(
+        self, inputs: ScanInputs, gate: Float[Tensor, "rows n_keep d_inner"]
+    ) -> Float[Tensor, "rows n_keep d_inner"]:
+        """(y + D x) · SiLU(gate) at the positions that are kept, of rows that go on from the pasts of their sites."""
+        state = self.past.state.repeat(len(inputs.x) // self.n, 1, 1)
+        if self.keep is None:
+            return self._scan(inputs, state, gate)[0]
+        return self._scan(inputs, state, None)[0][:, self.at] * F.silu(gate)
+
+    def rejoined(
+        self,
+        early: ScanInputs,
+        first_gate: Float[Tensor, "some d_inner"] | None,
+        base: ScanInputs,
+        gate: Float[Tensor, "n n_keep d_inner"],
+    ) -> Float[Tensor, "rows n_keep d_inner"]:
+        """`gated` of rows that take in `early` at their first positions, and then what the base rows do.
+
+        first_gate: the gates of the first rows at position 0, where they are not the base's.
+        """
+        n_tiles, reach = len(early.x) // self.n, early.x.shape[1]
+        late = base.at(slice(reach, None)).map(lambda tensor: tiled(tensor, n_tiles))
+        gates = gate.repeat(n_tiles, 1, 1)
+        if first_gate is not None:
+            gates[: len(first_gate), 0] = first_gate
+        return self.gated(ScanInputs.cat([early, late], 1), gates)
+
+    def carried(
+        self,
+        step: ScanInputs | None,
+        states: Float[Tensor, "some d_inner d_state"] | None,
+        base: ScanInputs,
+        gate: Float[Tensor, "n n_keep d_inner"],
+    ) -> Float[Tensor, "rows n_keep d_inner"]:
+        """`gated` of rows that part from the base rows at position 0 alone: by what they take in, or by their state.
+
+        step: what the first rows take in there. states: those of the other rows after position 0.
+        """
+        now = gate[:, :1] if self.keep is None else None
+        outs, after = [], []
+        if step is not None:
+            n_tiles = len(step.x) // self.n
+            out, state = self._scan(
+                step, self.past.state.repeat(n_tiles, 1, 1), None if now is None else tiled(now, n_tiles)
+            )
+            outs, after = [out], [state]
+        if states is not None:
+            n_tiles = len(states) // self.n
+            y = read(states, tiled(base.C[:, 0], n_tiles)).to(base.x.dtype)
+            out = (y + self.D * tiled(base.x[:, 0], n_tiles))[:, None]
+            outs.append((out if now is None else out * F.silu(tiled(now, n_tiles))).to(base.x.dtype))
+            after.append(states)
+        first = torch.cat(outs)
+        n_tiles = len(first) // self.n
+        if base.x.shape[1] > 1:
+            later = base.at(slice(1, None)).map(lambda tensor: tiled(tensor, n_tiles))
+            rest = None if now is None else tiled(gate[:, 1:], n_tiles)
+            first = torch.cat([first, self._scan(later, torch.cat(after), rest)[0]], 1)
+        return first if now is not None else first[:, self.at] * F.silu(tiled(gate, n_tiles))
+
+    def _scan(
         self, inputs: ScanInputs, initial_state: Float[Tensor, "rows d_inner d_state"], gate: Tensor | None
     ) -> tuple[Float[Tensor, "rows pos d_inner"], Float[Tensor, "rows d_inner d_state"]]:
         """y + D x, times SiLU(gate) if there is one, and the final state."""
@@ -162,9 +229,24 @@ class Stages:
         )
         return out.y, out.final_state
 
-    def past_state(self, n_tiles: int) -> Float[Tensor, "rows d_inner d_state"]:
-        """The states before the sites, a copy for every tile."""
-        return self.past.state.repeat(n_tiles, 1, 1)
-
     def out(self, gated: Float[Tensor, "*rows d_inner"]) -> Float[Tensor, "*rows d_model"]:
         return linear(self.mixer.out_proj, gated.to(self.past.window.dtype))
+
+
+def read(state: Float[Tensor, "rows d_inner d_state"], C: Float[Tensor, "rows d_state"]) -> Tensor:
+    """What C reads from the state."""
+    return (state @ C[..., None].float())[..., 0]
+
+
+def tiled(tensor: Float[Tensor, "n *features"], tiles: int) -> Float[Tensor, "rows *features"]:
+    """A copy of n rows for every tile."""
+    return tensor.expand(tiles, *tensor.shape).flatten(0, 1)
+
+
+def _index(keep: list[int] | None, device: torch.device) -> slice | Tensor:
+    """What picks the positions: a view, if they follow each other."""
+    if keep is None:
+        return slice(None)
+    if keep[-1] - keep[0] + 1 == len(keep):
+        return slice(keep[0], keep[-1] + 1)
+    return torch.tensor(keep, device=device)

@@ -8,8 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ssminterp.patching.stages import ScanInputs
-
 
 class Rows:
     """Rows on their way through the layers.
@@ -63,11 +61,3 @@ class Pile:
         """Bring all rows to the next stage."""
         if self.tensor is not None and self.cells:
             self.tensor = stage(self.tensor)
-
-
-def tiled(tensor: Float[Tensor, "n *features"], tiles: int) -> Float[Tensor, "rows *features"]:
-    return tensor.expand(tiles, *tensor.shape).flatten(0, 1)
-
-
-def tiled_inputs(inputs: ScanInputs, tiles: int) -> ScanInputs:
-    return inputs.map(lambda tensor: tiled(tensor, tiles))

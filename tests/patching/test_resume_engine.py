@@ -8,6 +8,10 @@ from hypothesis import strategies as st
 from ssminterp import HookedMamba
 from ssminterp.interventions import ablate, freeze, knockout, patch, scale, steer
 from ssminterp.patching import patch_sweep, plan
+from ssminterp.patching.compiled_stages import CompiledStages, stages_of
+from ssminterp.patching.placed_states import PlacedStates
+from ssminterp.patching.stages import Past
+from ssminterp_kernels import rows
 from tests.patching.sweep_cases import HOOKS, assert_equal_sweeps, both_engines, last_logit, metric_at
 from tests.tiny_models import hooked, random_tokens
 
@@ -20,6 +24,21 @@ def model() -> HookedMamba:
 @pytest.fixture(scope="module")
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
     return random_tokens(3, 7, seed=1), random_tokens(3, 7, seed=2)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def stages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute a layer: in float32 on the CPU, and on any device in any dtype."""
+    if request.param == "torch":
+        monkeypatch.setattr(rows, "suits", lambda *tensors, d_inner: False)
+    return str(request.param)
+
+
+def test_the_stages_are_those_asked_for(model: HookedMamba, stages: str) -> None:
+    block = model.blocks[0]
+    past = Past(torch.zeros(1, 2, 16), torch.zeros(1, 16, 4))
+    assert isinstance(stages_of(block, past, None), CompiledStages) == (stages == "compiled")
+    assert PlacedStates.suit(model, 0) == (stages == "compiled")
 
 
 @pytest.mark.parametrize("family", ["mamba", "falcon"])
@@ -41,6 +60,7 @@ def test_a_metric_that_says_where_it_reads(
     assert_equal_sweeps(*both_engines(model, *pair, hooks, metric_at([6, 2, 4])))
 
 
+@pytest.mark.usefixtures("stages")
 @pytest.mark.parametrize("idle_work", [0.0, 1e12])
 def test_changes_of_one_position_only_and_padded_passes(
     model: HookedMamba, pair: tuple[torch.Tensor, torch.Tensor], idle_work: float, monkeypatch: pytest.MonkeyPatch
@@ -52,6 +72,7 @@ def test_changes_of_one_position_only_and_padded_passes(
     assert_equal_sweeps(*both_engines(model, *pair, ["C", "mixer_out", "x"], metric_at([6, 2, 4]), **options))
 
 
+@pytest.mark.usefixtures("stages")
 def test_roles_at_different_positions(model: HookedMamba, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     roles = {"first": torch.tensor([0, 0, 0]), "here": torch.tensor([0, 3, 6]), "there": torch.tensor([5, 6, 1])}
     assert_equal_sweeps(*both_engines(model, *pair, HOOKS, metric_at([6, 6, 5]), positions=roles))
@@ -64,6 +85,7 @@ def test_several_metrics_at_once(model: HookedMamba, pair: tuple[torch.Tensor, t
         assert_equal_sweeps(*both_engines(model, *pair, ["state", "resid_pre", "C"], metrics))
 
 
+@pytest.mark.usefixtures("stages")
 @pytest.mark.parametrize("intervention", ["zero", "mean", lambda now, other: 0.5 * now - 2.0 * other.abs()])
 def test_every_intervention(model: HookedMamba, pair: tuple[torch.Tensor, torch.Tensor], intervention: object) -> None:
     roles = {"here": torch.tensor([0, 3, 6])}

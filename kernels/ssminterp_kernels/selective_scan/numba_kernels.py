@@ -72,7 +72,7 @@ def softplus(v: float) -> float:
 
 @intrinsic
 @no_type_check
-def _next_task(typing_context: Any, counter: Any) -> Any:
+def next_task(typing_context: Any, counter: Any) -> Any:
     """counter[0]++, atomically; returns the value before."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -183,7 +183,7 @@ def _forward(
     row = np.zeros(BLOCK, np.float32)
     loaded = -1
     while True:
-        task = _next_task(counter)
+        task = next_task(counter)
         if task >= n_tasks:
             break
         # Blocks outermost: a thread that goes on to another element mostly keeps the exponents that it has.
@@ -330,7 +330,7 @@ def _backward(
     step, inflow, out = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
     to_inflow, to_step = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
     while True:
-        task = _next_task(counter)
+        task = next_task(counter)
         if task >= n_tasks:
             break
         b, group, block, first, width = _block_of(task, d_inner, n_groups)

@@ -1,0 +1,37 @@
+"""Many short rows that go on from a few pasts, in float32 on the CPU: what a sweep of patches runs.
+
+Row r goes on from the past of site r mod n, so rows lie in tiles of n. The functions are the stages of a Mamba-1 mixer
+between its matrix products (Gu & Dao 2023, arXiv:2312.00752, section 3), each in one pass over memory:
+
+    conv_silu         the causal conv and SiLU
+    scanned_rows      Δ's bias and softplus, the scan, D and the gate
+    forked_rows       the same for rows that differ from their site's base row at their first positions alone
+    recorded_states   states at places of their own in each run
+    normed            RMS norm
+
+All take last axes that lie in one piece and d_inner a multiple of `LANES`, which `suits` tells.
+"""
+
+from ssminterp_kernels.rows.mixer_stages import (
+    Early,
+    RowScan,
+    blocks,
+    conv_silu,
+    forked_rows,
+    normed,
+    recorded_states,
+    scanned_rows,
+    suits,
+)
+
+__all__ = [
+    "Early",
+    "RowScan",
+    "blocks",
+    "conv_silu",
+    "forked_rows",
+    "normed",
+    "recorded_states",
+    "scanned_rows",
+    "suits",
+]

@@ -1,0 +1,295 @@
+"""The compiled loops of `rows`, over vectors of channels; what they are given and give back is told there.
+
+Threads take tasks from a shared counter. State-like arrays lie as [.., blocks, d_state, LANES], blocks of channels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import no_type_check
+
+import numpy as np
+from numba import boolean, float32, int32, int64, njit, types
+
+from ssminterp_kernels.rows.layout import GROUP, LANES
+from ssminterp_kernels.rows.vectors import exp2, lane_sum, load, maximum, splat, store
+from ssminterp_kernels.selective_scan.numba_kernels import next_task
+
+SPAN = 16
+"""Positions whose Δ is computed before they are scanned, and whose output is gated after: none waits for the other."""
+
+_ZERO, _ONE, _LOG2_E = np.float32(0), np.float32(1), np.float32(1.4426950408889634)
+# log(1 + e) / e on [0, 1] to 5e-9, as in `selective_scan.numba_kernels`
+_L1, _L2, _L3 = np.float32(-0.49999905), np.float32(0.33330005), np.float32(-0.24954559)
+_L4, _L5, _L6 = np.float32(0.19678117), np.float32(-0.15311863), np.float32(0.10614265)
+_L7, _L8, _L9 = np.float32(-0.0570642), np.float32(0.01990716), np.float32(-0.0032563785)
+
+_compiled = functools.partial(njit, error_model="numpy")
+
+
+@_compiled
+@no_type_check
+def _scratch(n):
+    """[n, LANES], each line of it in one line of the cache."""
+    held = np.zeros((n + 1) * LANES, np.float32)
+    first = (-(held.ctypes.data // 4)) % LANES
+    return held[first : first + n * LANES].reshape(n, LANES)
+
+
+@_compiled
+@no_type_check
+def _silu(v):
+    return v / (splat(_ONE) + exp2(v * splat(-_LOG2_E)))
+
+
+@_compiled
+@no_type_check
+def _softplus(v):
+    zero = splat(_ZERO)
+    e = exp2(maximum(v, zero - v) * splat(-_LOG2_E))
+    high = splat(_L5) + e * (splat(_L6) + e * (splat(_L7) + e * (splat(_L8) + e * splat(_L9))))
+    low = splat(_L1) + e * (splat(_L2) + e * (splat(_L3) + e * (splat(_L4) + e * high)))
+    return maximum(v, zero) + e * (splat(_ONE) + e * low)
+
+
+@_compiled
+@no_type_check
+def _step(delta, row, t, c, raw, bias):
+    """Δ of one block."""
+    v = load(delta, (row, t, c))
+    return _softplus(v + load(bias, (c,))) if raw else v
+
+
+@_compiled
+@no_type_check
+def _advance(h, rate, q, step, inflow, B, row, t):
+    """One update of the states of block q, in place; h: d_state, LANES."""
+    for n in range(h.shape[0]):
+        at = (n, 0)
+        store(h, at, exp2(step * load(rate, (q, n, 0))) * load(h, at) + inflow * splat(B[row, t, n]))
+
+
+@_compiled
+@no_type_check
+def _read(h, C, row, t):
+    """Σ over d_state of C · h."""
+    y = splat(_ZERO)
+    for n in range(h.shape[0]):
+        y = y + load(h, (n, 0)) * splat(C[row, t, n])
+    return y
+
+
+@_compiled
+@no_type_check
+def _advance_and_read(h, rate, q, step, inflow, B, C, row, t):
+    """Both in one."""
+    y = splat(_ZERO)
+    for n in range(h.shape[0]):
+        at = (n, 0)
+        now = exp2(step * load(rate, (q, n, 0))) * load(h, at) + inflow * splat(B[row, t, n])
+        store(h, at, now)
+        y = y + now * splat(C[row, t, n])
+    return y
+
+
+@_compiled
+@no_type_check
+def _copy_block(source, i, q, h):
+    for n in range(h.shape[0]):
+        store(h, (n, 0), load(source, (i, q, n, 0)))
+
+
+@no_type_check
+def _conv_silu(counter, n_tasks, in_x, window, taps, bias, x):
+    _, length, d_inner = in_x.shape
+    n, last = window.shape[0], taps.shape[0] - 1
+    while True:
+        row = next_task(counter)
+        if row >= n_tasks:
+            break
+        site = row % n
+        for c in range(0, d_inner, LANES):
+            for t in range(length):
+                conv = load(bias, (c,))
+                for tap in range(last + 1):
+                    at = t - last + tap
+                    before = load(in_x, (row, at, c)) if at >= 0 else load(window, (site, last + at, c))
+                    conv = conv + before * load(taps, (tap, c))
+                store(x, (row, t, c), _silu(conv))
+
+
+@no_type_check
+def _scanned_rows(counter, n_tasks, x, delta, raw, bias, B, C, rate, D, gate, past, kept, gated):
+    length = x.shape[1]
+    n, n_blocks, d_state = past.shape[:3]
+    states = _scratch(n_blocks * d_state).reshape(n_blocks, d_state, LANES)
+    steps, inflows, outs = _scratch(SPAN * n_blocks), _scratch(SPAN * n_blocks), _scratch(SPAN * n_blocks)
+    while True:
+        row = next_task(counter)
+        if row >= n_tasks:
+            break
+        for q in range(n_blocks):
+            _copy_block(past, row % n, q, states[q])
+        for start in range(0, length, SPAN):
+            stop = min(start + SPAN, length)
+            for t in range(start, stop):
+                for q in range(n_blocks):
+                    at, c = ((t - start) * n_blocks + q, 0), q * LANES
+                    step = _step(delta, row, t, c, raw, bias)
+                    store(steps, at, step)
+                    store(inflows, at, step * load(x, (row, t, c)))
+            for q in range(n_blocks):
+                h = states[q]
+                for t in range(start, stop):
+                    at = ((t - start) * n_blocks + q, 0)
+                    step, inflow = load(steps, at), load(inflows, at)
+                    if kept[t] < 0:
+                        _advance(h, rate, q, step, inflow, B, row, t)
+                    else:
+                        store(outs, at, _advance_and_read(h, rate, q, step, inflow, B, C, row, t))
+            for t in range(start, stop):
+                k = kept[t]
+                if k >= 0:
+                    for q in range(n_blocks):
+                        at, c = ((t - start) * n_blocks + q, 0), q * LANES
+                        ssm_out = load(outs, at) + load(x, (row, t, c)) * load(D, (c,))
+                        store(gated, (row, k, c), ssm_out * _silu(load(gate, (row, k, c))))
+
+
+@no_type_check
+def _forked_rows(
+    counter, n_tasks, early_x, early_delta, early_raw, early_B, early_C, given, states,
+    x, delta, bias, B, C, rate, D, gate, first_gate, past, kept, gated,
+):  # fmt: skip
+    n, length, d_inner = x.shape
+    d_state, reach, tiles = past.shape[2], early_x.shape[1], gated.shape[0] // n
+    n_groups = n_tasks // n
+    h, base, decay, weight = _scratch(d_state), _scratch(d_state), _scratch(d_state), _scratch(d_state)
+    differs = _scratch(tiles * d_state)
+    while True:
+        task = next_task(counter)
+        if task >= n_tasks:
+            break
+        site, group = divmod(task, n_groups)
+        for q in range(group * GROUP, min((group + 1) * GROUP, d_inner // LANES)):
+            c = q * LANES
+            skip = load(D, (c,))
+            _copy_block(past, site, q, base)
+            for t in range(reach):
+                step = _step(delta, site, t, c, True, bias)
+                _advance(base, rate, q, step, step * load(x, (site, t, c)), B, site, t)
+            for tile in range(tiles):
+                row = tile * n + site
+                if given:
+                    for n_ in range(d_state):
+                        for lane in range(LANES):
+                            h[n_, lane] = states[row, c + lane, n_]
+                else:
+                    _copy_block(past, site, q, h)
+                for t in range(reach):
+                    k = kept[t]
+                    if given:
+                        y, here = _read(h, C, site, t), load(x, (site, t, c))
+                    else:
+                        step, here = _step(early_delta, row, t, c, early_raw, bias), load(early_x, (row, t, c))
+                        y = _advance_and_read(h, rate, q, step, step * here, early_B, early_C, row, t)
+                    if k >= 0:
+                        if t == 0 and row < first_gate.shape[0]:
+                            z = load(first_gate, (row, c))
+                        else:
+                            z = load(gate, (site, k, c))
+                        store(gated, (row, k, c), (y + here * skip) * _silu(z))
+                for n_ in range(d_state):
+                    store(differs, (tile * d_state + n_, 0), load(h, (n_, 0)) - load(base, (n_, 0)))
+                    store(decay, (n_, 0), splat(_ONE))
+            for t in range(reach, length):
+                step, here = _step(delta, site, t, c, True, bias), load(x, (site, t, c))
+                inflow, k, y = step * here, kept[t], here * skip
+                for n_ in range(d_state):
+                    at = (n_, 0)
+                    a, read = exp2(step * load(rate, (q, n_, 0))), splat(C[site, t, n_])
+                    now, total = a * load(base, at) + inflow * splat(B[site, t, n_]), a * load(decay, at)
+                    store(base, at, now)
+                    store(decay, at, total)
+                    store(weight, at, total * read)
+                    y = y + now * read
+                if k >= 0:
+                    z = _silu(load(gate, (site, k, c)))
+                    for tile in range(tiles):
+                        moved = y
+                        for n_ in range(d_state):
+                            moved = moved + load(differs, (tile * d_state + n_, 0)) * load(weight, (n_, 0))
+                        store(gated, (tile * n + site, k, c), moved * z)
+
+
+@no_type_check
+def _recorded_states(counter, n_tasks, x, delta, B, rate, carried, slots, states):
+    _, length, d_inner = x.shape
+    d_state = rate.shape[1]
+    h = _scratch(d_state)
+    while True:
+        row = next_task(counter)
+        if row >= n_tasks:
+            break
+        for q in range(d_inner // LANES):
+            c = q * LANES
+            _copy_block(carried, row, q, h)
+            for t in range(length):
+                step = load(delta, (row, t, c))
+                _advance(h, rate, q, step, step * load(x, (row, t, c)), B, row, t)
+                slot = slots[row, t]
+                if slot >= 0:
+                    for lane in range(LANES):
+                        for n in range(d_state):
+                            states[slot, c + lane, n] = h[n, lane]
+            for n in range(d_state):
+                store(carried, (row, q, n, 0), load(h, (n, 0)))
+
+
+@no_type_check
+def _normed(counter, n_tasks, rows_per_task, resid, weight, epsilon, normed):
+    rows, width = resid.shape
+    whole = width - width % LANES
+    while True:
+        task = next_task(counter)
+        if task >= n_tasks:
+            break
+        for row in range(task * rows_per_task, min((task + 1) * rows_per_task, rows)):
+            squares = splat(_ZERO)
+            for c in range(0, whole, LANES):
+                v = load(resid, (row, c))
+                squares = squares + v * v
+            total = lane_sum(squares)
+            for c in range(whole, width):
+                total += resid[row, c] * resid[row, c]
+            scale = _ONE / np.sqrt(total / np.float32(width) + epsilon)
+            for c in range(0, whole, LANES):
+                store(normed, (row, c), load(resid, (row, c)) * splat(scale) * load(weight, (c,)))
+            for c in range(whole, width):
+                normed[row, c] = resid[row, c] * scale * weight[c]
+
+
+_TASKS = (int64[::1], int64)
+_1D, _2D, _3D, _4D = float32[::1], float32[:, ::1], float32[:, :, ::1], float32[:, :, :, ::1]
+_VIEW_2D, _VIEW_3D = float32[:, :], float32[:, :, :]
+_TABLE = int32[::1]
+
+
+_INPUTS = (_VIEW_3D, _VIEW_3D, boolean, _1D, _VIEW_3D, _VIEW_3D)
+_EARLY = (_VIEW_3D, _VIEW_3D, boolean, _VIEW_3D, _VIEW_3D, boolean, _VIEW_3D)
+_BASE = (_VIEW_3D, _VIEW_3D, _1D, _VIEW_3D, _VIEW_3D, _3D, _1D, _VIEW_3D)
+_KERNELS = {
+    "conv_silu": (_conv_silu, (_VIEW_3D, _VIEW_3D, _2D, _1D, _3D)),
+    "scanned_rows": (_scanned_rows, (*_INPUTS, _3D, _1D, _VIEW_3D, _4D, _TABLE, _3D)),
+    "forked_rows": (_forked_rows, (*_EARLY, *_BASE, _VIEW_2D, _4D, _TABLE, _3D)),
+    "recorded_states": (_recorded_states, (_VIEW_3D, _VIEW_3D, _VIEW_3D, _3D, _4D, int32[:, ::1], _3D)),
+    "normed": (_normed, (int64, _2D, _1D, float32, _2D)),
+}
+
+
+@functools.cache
+def compiled(name: str) -> Callable[..., None]:
+    """The loop behind a public function. Explicit signatures: one compilation each, whatever the strides."""
+    function, arguments = _KERNELS[name]
+    return njit(types.void(*_TASKS, *arguments), nogil=True, cache=True, error_model="numpy")(function)

@@ -1,0 +1,168 @@
+"""The public functions of `rows`: what surrounds the compiled loops of `rows.kernels`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ssminterp_kernels.rows.layout import GROUP, LANES
+from ssminterp_kernels.selective_scan.cpu_threads import run_on_threads
+
+# Elements, about 0.1 ms of them: what a thread must find to do to be worth waking.
+_WORK_PER_THREAD = 30_000
+
+
+class RowScan(NamedTuple):
+    """What the scans of a layer's rows have in common.
+
+    rate: A · log2(e) as `blocks` lays it out. past: the states before the sites, laid out so. bias: of Δ. kept: the
+    positions, ascending, whose output is wanted; None means all.
+    """
+
+    rate: Float[Tensor, "n_blocks d_state lanes"]
+    D: Float[Tensor, " d_inner"]
+    bias: Float[Tensor, " d_inner"]
+    past: Float[Tensor, "n n_blocks d_state lanes"]
+    kept: Sequence[int] | None
+
+    @staticmethod
+    def of(A: Tensor, D: Tensor, bias: Tensor | None, past: Tensor, kept: Sequence[int] | None) -> RowScan:
+        """A: [d_inner, d_state]. D, bias: [d_inner]. past: [n, d_inner, d_state]."""
+        rate = blocks((A * 1.4426950408889634)[None])[0]
+        return RowScan(rate, D, torch.zeros_like(D) if bias is None else bias.contiguous(), blocks(past), kept)
+
+    def table(self, length: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """The place of every position among those that are kept, or -1."""
+        places = np.full(length, -1, np.int32)
+        chosen = list(range(length) if self.kept is None else self.kept)
+        places[chosen] = np.arange(len(chosen))
+        return places
+
+
+class Early(NamedTuple):
+    """What rows take in at their first positions, [rows, reach, …]: Δ before its bias and softplus if `raw`."""
+
+    x: Tensor
+    delta: Tensor
+    B: Tensor
+    C: Tensor
+    raw: bool
+
+
+def suits(*tensors: Tensor, d_inner: int) -> bool:
+    """Whether these functions take them."""
+    return d_inner % LANES == 0 and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+
+
+def blocks(states: Float[Tensor, "n d_inner d_state"]) -> Float[Tensor, "n n_blocks d_state lanes"]:
+    """States with blocks of channels innermost."""
+    return states.unflatten(1, (-1, LANES)).transpose(2, 3).contiguous()
+
+
+def conv_silu(
+    in_x: Float[Tensor, "rows pos d_inner"],
+    window: Float[Tensor, "n n_before d_inner"],
+    taps: Float[Tensor, "d_conv d_inner"],
+    bias: Float[Tensor, " d_inner"] | None,
+) -> Float[Tensor, "rows pos d_inner"]:
+    """SiLU of the causal depthwise conv. window: the d_conv - 1 inputs before each site. taps: oldest first."""
+    x = torch.empty(in_x.shape)
+    bias = torch.zeros(in_x.shape[2]) if bias is None else bias
+    _run("conv_silu", len(in_x), x.numel(), in_x, window, taps.contiguous(), bias, x)
+    return x
+
+
+def scanned_rows(
+    scan: RowScan,
+    x: Float[Tensor, "rows pos d_inner"],
+    delta: Float[Tensor, "rows pos d_inner"],
+    B: Float[Tensor, "rows pos d_state"],
+    C: Float[Tensor, "rows pos d_state"],
+    gate: Float[Tensor, "rows n_kept d_inner"],
+) -> Float[Tensor, "rows n_kept d_inner"]:
+    """(y + D x) · SiLU(gate) of every row, from its site's past. delta: before bias and softplus."""
+    gated = torch.empty(gate.shape)
+    inputs = (x, delta, True, scan.bias, B, C, scan.rate, scan.D, gate, scan.past, scan.table(x.shape[1]), gated)
+    _run("scanned_rows", len(x), x.numel() * scan.past.shape[2], *inputs)
+    return gated
+
+
+def forked_rows(
+    scan: RowScan,
+    early: Early | Float[Tensor, "rows d_inner d_state"],
+    base: Early,
+    gate: Float[Tensor, "n n_kept d_inner"],
+    first_gate: Float[Tensor, "some d_inner"] | None,
+    gated: Float[Tensor, "rows n_kept d_inner"],
+) -> None:
+    """Write (y + D x) · SiLU(gate) of rows that differ from their site's base row at their first positions alone.
+
+    early: what the rows take in there; or their states after position 0, where all that goes in is the base's.
+    base, gate: of the base rows at all positions. first_gate: the gates of the first rows at position 0.
+    gated: is written; the product's left side is linear in the state, so later positions cost no exponentials.
+    """
+    given = isinstance(early, Tensor)
+    states = early if isinstance(early, Tensor) else torch.empty(0, 0, 0)
+    nothing = torch.empty(0, 1, 0)
+    first = Early(nothing, nothing, nothing, nothing, False) if isinstance(early, Tensor) else early
+    n, length, d_inner = base.x.shape
+    groups = -(-d_inner // (LANES * GROUP))
+    starts = (first.x, first.delta, first.raw, first.B, first.C, given, states)
+    inputs = (base.x, base.delta, scan.bias, base.B, base.C, scan.rate, scan.D, gate)
+    gates = torch.empty(0, d_inner) if first_gate is None else first_gate
+    work = len(gated) * length * d_inner
+    kept = scan.table(length)
+    _run("forked_rows", n * groups, work, *starts, *inputs, gates, scan.past, kept, gated)
+
+
+def recorded_states(
+    A: Float[Tensor, "d_inner d_state"],
+    x: Float[Tensor, "runs pos d_inner"],
+    delta: Float[Tensor, "runs pos d_inner"],
+    B: Float[Tensor, "runs pos d_state"],
+    before: Float[Tensor, "runs n_blocks d_state lanes"],
+    slots: Int[Tensor, "runs pos"],
+    out: Float[Tensor, "m d_inner d_state"],
+) -> None:
+    """Write the states at some places of each run into `out`, and go on in `before`, which becomes the last states.
+
+    delta: Δ itself. slots: the row of `out` for the state there, or -1.
+    """
+    rate = blocks((A * 1.4426950408889634)[None])[0]
+    table = slots.int().contiguous()
+    inputs = (x, delta, B, rate, before, table, out)
+    _run("recorded_states", len(x), x.numel() * A.shape[1], *inputs)
+
+
+def normed(
+    resid: Float[Tensor, "rows d_model"], weight: Float[Tensor, " d_model"], epsilon: float
+) -> Float[Tensor, "rows d_model"]:
+    """weight · x / sqrt(mean of x² + epsilon) (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    out = torch.empty(resid.shape)
+    rows_per_task = 64
+    arrays = (rows_per_task, resid.contiguous(), weight, epsilon, out)
+    _run("normed", -(-len(resid) // rows_per_task), resid.numel(), *arrays)
+    return out
+
+
+def _run(name: str, n_tasks: int, work: int, *arguments: Any) -> None:
+    """Run all tasks of a kernel, on torch's number of threads if there is enough to do for all of them."""
+    from ssminterp_kernels.rows import kernels  # on first use: numba takes a moment to import
+
+    kernel = kernels.compiled(name)
+    n_threads = torch.get_num_threads()
+    if n_tasks < 2 or work < _WORK_PER_THREAD * n_threads:
+        n_threads = 1
+    arrays = [_in_lines(a).detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
+    counter = np.zeros(1, np.int64)
+    run_on_threads(lambda: kernel(counter, n_tasks, *arrays), n_threads)
+
+
+def _in_lines(tensor: Tensor) -> Tensor:
+    """A tensor whose last axis lies in one piece; outputs do, so that they are never copied."""
+    return tensor if tensor.shape[-1] < 2 or tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,0 +1,74 @@
+"""`Stages` in float32 on the CPU, by the compiled loops of `ssminterp_kernels.rows`."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaRMSNorm
+from transformers.models.mamba.modeling_mamba import MambaRMSNorm
+
+from ssminterp.patching.stages import Past, ScanInputs, Stages
+from ssminterp_kernels import rows
+
+
+class CompiledStages(Stages):
+    """The same stages, each in one pass over memory; what follows a change of the state alone, without exponentials."""
+
+    def normed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        norm = self.block.norm
+        if type(norm) not in (MambaRMSNorm, FalconMambaRMSNorm) or norm._forward_hooks or hasattr(norm, "_hf_hook"):
+            return super().normed(resid)
+        return rows.normed(resid.flatten(0, -2), norm.weight, norm.variance_epsilon).view(resid.shape)
+
+    def activated(self, in_x: Float[Tensor, "rows pos d_inner"]) -> Float[Tensor, "rows pos d_inner"]:
+        if self.mixer.config.hidden_act not in ("silu", "swish"):
+            return super().activated(in_x)
+        return rows.conv_silu(in_x, self.past.window, self.taps, self.conv_bias)
+
+    def gated(
+        self, inputs: ScanInputs, gate: Float[Tensor, "rows n_keep d_inner"]
+    ) -> Float[Tensor, "rows n_keep d_inner"]:
+        return rows.scanned_rows(self._row_scan, inputs.x, inputs.delta, inputs.B, inputs.C, gate)
+
+    def rejoined(
+        self,
+        early: ScanInputs,
+        first_gate: Float[Tensor, "some d_inner"] | None,
+        base: ScanInputs,
+        gate: Float[Tensor, "n n_keep d_inner"],
+    ) -> Float[Tensor, "rows n_keep d_inner"]:
+        gated = torch.empty(len(early.x), *gate.shape[1:])
+        rows.forked_rows(self._row_scan, rows.Early(*early), rows.Early(*base), gate, first_gate, gated)
+        return gated
+
+    def carried(
+        self,
+        step: ScanInputs | None,
+        states: Float[Tensor, "some d_inner d_state"] | None,
+        base: ScanInputs,
+        gate: Float[Tensor, "n n_keep d_inner"],
+    ) -> Float[Tensor, "rows n_keep d_inner"]:
+        n_steps = 0 if step is None else len(step.x)
+        gated = torch.empty(n_steps + (0 if states is None else len(states)), *gate.shape[1:])
+        for early, part in (
+            (None if step is None else rows.Early(*step), gated[:n_steps]),
+            (states, gated[n_steps:]),
+        ):
+            if early is not None:
+                rows.forked_rows(self._row_scan, early, rows.Early(*base), gate, None, part)
+        return gated
+
+    @cached_property
+    def _row_scan(self) -> rows.RowScan:
+        return rows.RowScan.of(self.A, self.D, self.dt_bias, self.past.state, self.keep)
+
+
+def stages_of(block: Any, past: Past, keep: list[int] | None) -> Stages:
+    """The fastest stages that suit where a layer is and what it computes in."""
+    mixer = block.mixer
+    held = (past.window, past.state, mixer.A_log, mixer.D, mixer.conv1d.weight)
+    return (CompiledStages if rows.suits(*held, d_inner=mixer.d_inner) else Stages)(block, past, keep)
