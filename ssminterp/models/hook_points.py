@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssminterp.models.timeline import Window
-from ssminterp.models.tracing.requests import for_a_reader, is_requested, pass_by
+from ssminterp.models.tracing.requests import for_a_reader, is_in_a_trace, is_requested, pass_by
 from ssminterp.positions import Positions, resolve_positions
 
 # (tensor, hook point) -> a replacement, or None to leave the tensor as it is
@@ -94,9 +94,24 @@ class HookPoint(nn.Module):
     @property
     def is_listened_to(self) -> bool:
         """Whether anything would see the tensor: functions, recorders, torch's own hooks or an nnsight trace."""
-        return bool(self.recorders or self.is_read_from_outside or self.acting)
+        return not self.is_idle and bool(self.recorders or self.is_read_from_outside or self.acting)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody is there who could see the tensor: the quick answer for plain runs."""
+        return not (
+            self.functions
+            or self.recorders
+            or self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+            or is_in_a_trace(self)
+        )
 
     def __call__(self, tensor: Tensor) -> Tensor:
+        if self.is_idle:
+            return tensor
         return super().__call__(for_a_reader(tensor) if self.is_read_from_outside else tensor)
 
     @property

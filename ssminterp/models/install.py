@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ from transformers.utils import ModelOutput
 
 from ssminterp.models.hook_names import BLOCK_HOOKS, MODEL_HOOKS
 from ssminterp.models.hook_points import HookPoint, HookSpec
-from ssminterp.models.mixers import MIXERS, HookedMambaMixer
+from ssminterp.models.mixers import MIXERS
+from ssminterp.models.norm import REPLACES, FusedRMSNorm
+
+Taken = TypeVar("Taken", bound=nn.Module)
 
 
 def causal_lm(hf_model: nn.Module) -> PreTrainedModel:
@@ -52,7 +55,7 @@ def hook_specs(hf_model: PreTrainedModel) -> tuple[HookSpec, ...]:
 
 
 def install_hooks(hf_model: PreTrainedModel) -> tuple[dict[str, HookPoint], ExitStack]:
-    """Replace the mixers and add the hook points; a model that has them keeps them.
+    """Replace the mixers and norms and add the hook points; a model that has them keeps them.
 
     Returns the hook points by name, and what makes the model as it was when it is closed.
     """
@@ -62,6 +65,7 @@ def install_hooks(hf_model: PreTrainedModel) -> tuple[dict[str, HookPoint], Exit
         for layer, block in enumerate(backbone.layers):
             undo.callback(setattr, block, "mixer", block.mixer)
             block.mixer = _take_over(block.mixer, MIXERS[type(hf_model).__name__])
+            _take_over_norm(block, "norm", undo)
             _add_hook_points(block, BLOCK_HOOKS, layer, undo)
             for handle in (
                 block.register_forward_pre_hook(_FirstArgument(block.hook_resid_pre)),
@@ -70,6 +74,7 @@ def install_hooks(hf_model: PreTrainedModel) -> tuple[dict[str, HookPoint], Exit
                 block.register_forward_hook(_Output(block.hook_resid_post)),
             ):
                 undo.callback(handle.remove)
+        _take_over_norm(backbone, "norm_f", undo)
         _add_hook_points(hf_model, MODEL_HOOKS, None, undo)
         for handle in (
             backbone.embeddings.register_forward_hook(_Output(hf_model.hook_embed)),
@@ -100,13 +105,21 @@ def _hook_points(hf_model: PreTrainedModel) -> list[HookPoint]:
     return [*first, *inner, *last]
 
 
-def _take_over(mixer: nn.Module, hooked_class: type[HookedMambaMixer]) -> HookedMambaMixer:
-    hooked = hooked_class(mixer)
-    if hasattr(mixer, "_hf_hook"):
-        # A model dispatched by accelerate: the hook that moves this mixer's weights moves along.
+def _take_over_norm(parent: nn.Module, name: str, undo: ExitStack) -> None:
+    """Put torch's norm in the place of Hugging Face's. One that is not known, or is watched, stays."""
+    norm = getattr(parent, name)
+    if type(norm).__name__ in REPLACES and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks):
+        undo.callback(setattr, parent, name, norm)
+        setattr(parent, name, _take_over(norm, FusedRMSNorm))
+
+
+def _take_over(module: nn.Module, own_class: type[Taken]) -> Taken:
+    own = own_class(module)
+    if hasattr(module, "_hf_hook"):
+        # A model dispatched by accelerate: the hook that moves this module's weights moves along.
         accelerate_hooks = sys.modules["accelerate.hooks"]
-        accelerate_hooks.add_hook_to_module(hooked, mixer._hf_hook)
-    return hooked
+        accelerate_hooks.add_hook_to_module(own, module._hf_hook)
+    return own
 
 
 class _FirstArgument:

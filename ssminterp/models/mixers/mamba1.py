@@ -201,7 +201,6 @@ class HookedMambaMixer(nn.Module):
         dt, B, C = self.normalise(dt, B, C)
         step = self._step(dt)
         B, C = self.hook_B(B), self.hook_C(C)
-        D = self.D.float()
         if self.hook_A_bar.is_listened_to or self.hook_B_bar.is_listened_to:
             scan: SelectiveScan | DiscretisedScan = self._discretised_scan(x, step.size(), B, C)
             fused = False
@@ -213,7 +212,7 @@ class HookedMambaMixer(nn.Module):
             fused = not (self.hook_y.is_listened_to or self.hook_ssm_out.is_listened_to or self.hook_state.is_traced)
             # A state that is only passed on to the next token is overwritten where it lies.
             in_place = fused and not torch.is_grad_enabled() and not self.hook_state.is_listened_to
-            scan = SelectiveScan(x, step, self.A(), B, C, D if fused else None, gate if fused else None, in_place)
+            scan = SelectiveScan(x, step, self.A(), B, C, self.D if fused else None, gate if fused else None, in_place)
         y, final_state = scan_with_state_hooks(scan, self.hook_state, x, self.d_state, initial_state)
         if fused:
             self.hook_y.pass_by()
@@ -221,7 +220,7 @@ class HookedMambaMixer(nn.Module):
             return y, final_state
         with self.hook_y.reading(StateReads(scan, self.hook_state, x, y, self.d_state, initial_state)):
             y = self.hook_y(y)
-        return self.hook_ssm_out(y + D * x) * F.silu(gate), final_state
+        return self.hook_ssm_out(y + self.D.float() * x) * F.silu(gate), final_state
 
     def normalise(self, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What stands between x_proj and the scan; nothing in Mamba-1 itself."""
@@ -231,8 +230,7 @@ class HookedMambaMixer(nn.Module):
         """Δ; or, when nothing listens to it, its pre-activation with the bias and softplus left to the scan."""
         if type(self.dt_proj) is nn.Linear and not hasattr(self.dt_proj, "_hf_hook"):
             # The bias is added in float32, which is more exact than dt_proj itself under bfloat16 weights.
-            delta = F.linear(dt, self.dt_proj.weight)
-            bias = None if self.dt_proj.bias is None else self.dt_proj.bias.float()
+            delta, bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias
         else:
             delta, bias = self.dt_proj(dt), None
         step = Step(delta, bias, softplus=True)
