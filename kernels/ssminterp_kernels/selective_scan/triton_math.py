@@ -19,6 +19,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(1 << 62)  # a position that no sequence reaches
+# How items [d_inner, d_state] lie in memory: in any way, d_state contiguous and aligned, or one number for all.
+TILE, WIDE, NUMBER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -109,7 +111,7 @@ def tile(pointer, d, d_stride, n, n_stride, zero):
 
 @triton.jit
 @no_type_check
-def _item(tensor, batch, i):
+def item(tensor, batch, i):
     """Pointer to item i of a tensor [batch, i, d_inner, d_state]; a trajectory has more than 2^31 numbers."""
     return tensor[0] + batch * tensor[1] + tl.cast(i, tl.int64) * tensor[2]
 
@@ -118,7 +120,7 @@ def _item(tensor, batch, i):
 @no_type_check
 def state_tile(tensor, batch, i, d, n, zero):
     """Pointers [BLOCK_N, BLOCK_D] to item i of a tensor [batch, i, d_inner, d_state]."""
-    return tile(_item(tensor, batch, i), d, tensor[3], n, tensor[4], zero)
+    return tile(item(tensor, batch, i), d, tensor[3], n, tensor[4], zero)
 
 
 @triton.jit
@@ -130,7 +132,39 @@ def store_state(tensor, batch, i, d, n, value, mask):
     whole stretches of memory. Rows of 32 channels, d_inner apart, reached a sixth of the bandwidth.
     """
     offsets = d[None, :] * tensor[3] + n[:, None] * tensor[4]
-    tl.store(_item(tensor, batch, i) + offsets, value, mask=mask)
+    tl.store(item(tensor, batch, i) + offsets, value, mask=mask)
+
+
+@triton.jit
+@no_type_check
+def _wide(pointer, d, d_stride, BLOCK_N: tl.constexpr):
+    """Pointers [BLOCK_D, BLOCK_N / W, W] to what `tile` points to if d_state is contiguous; W numbers are 16 bytes.
+
+    The compiler lays this out with 16 bytes in a row for a thread and neighbouring channels in neighbouring threads, so
+    a thread has the same numbers as in a `tile`, by a quarter of the instructions.
+    """
+    W: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
+    many = tl.arange(0, BLOCK_N // W) * W
+    return pointer + (d[:, None, None] * d_stride + many[None, :, None] + tl.arange(0, W)[None, None, :])
+
+
+@triton.jit
+@no_type_check
+def load_wide(pointer, d, d_stride, there, BLOCK_N: tl.constexpr):
+    """Float32 [BLOCK_N, BLOCK_D] from memory in which the d_state = BLOCK_N numbers of a channel are contiguous."""
+    BLOCK_D: tl.constexpr = d.shape[0]
+    values = tl.load(_wide(pointer, d, d_stride, BLOCK_N), mask=there[:, None, None], other=0.0)
+    return tl.reshape(tl.permute(values.to(tl.float32), (1, 2, 0)), (BLOCK_N, BLOCK_D))
+
+
+@triton.jit
+@no_type_check
+def store_wide(pointer, d, d_stride, value, there):
+    """Write [BLOCK_N, BLOCK_D] to memory in which the d_state = BLOCK_N numbers of a channel are contiguous."""
+    BLOCK_N: tl.constexpr = value.shape[0]
+    W: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
+    values = tl.permute(tl.reshape(value, (BLOCK_N // W, W, d.shape[0])), (2, 0, 1))
+    tl.store(_wide(pointer, d, d_stride, BLOCK_N), values, mask=there[:, None, None])
 
 
 @triton.jit

@@ -18,6 +18,7 @@ class Plan:
     block_d: int
     num_warps: int
     unroll: int
+    max_registers: int | None
     group_size: int
     n_blocks: int
     chunk_length: int
@@ -44,11 +45,13 @@ def plan_scan(
     warps_wanted: int,
     widest_block: int = 32,
     shortest_chunk: int = 64,
+    in_one_wave: bool = False,
 ) -> Plan:
     """One pass over time if that has `enough_warps` per multiprocessor, else chunks to have `warps_wanted`.
 
     A program has at most `widest_block` channels, 32 of them a warp. Warps of one program share their rows of B and C.
-    A chunk is a multiple of SEGMENT positions, so that the states before segments include those before chunks.
+    A chunk is a multiple of SEGMENT positions, so that the states before segments include those before chunks. With
+    `in_one_wave` no more than `warps_wanted` are there, which then must be what fits on a multiprocessor.
     Remembered, because it would take a tenth of a short call's time.
     """
     group_size = d_inner // n_groups
@@ -60,14 +63,20 @@ def plan_scan(
     warps_in_one_pass = batch * n_blocks * num_warps
     chunks = 1
     if warps_in_one_pass < enough_warps * n_processors:
-        chunks = min(_ceil_div(warps_wanted * n_processors, warps_in_one_pass), length // shortest_chunk)
+        wanted = warps_wanted * n_processors
+        fitting = wanted // warps_in_one_pass if in_one_wave else _ceil_div(wanted, warps_in_one_pass)
+        chunks = min(fitting, length // shortest_chunk)
     # Two chunks would pay the second pass over time and win nothing.
     if chunks <= 2:
         chunks = 1
     chunk_length = _ceil_div(_ceil_div(length, chunks), SEGMENT) * SEGMENT
-    return Plan(
-        block_n, block_d, num_warps, unroll, group_size, n_blocks, chunk_length, _ceil_div(length, chunk_length)
-    )
+    unroll = min(unroll, 1 << (length.bit_length() - 1))  # a block of positions fits into the sequence
+    n_chunks = _ceil_div(length, chunk_length)
+    max_registers = None
+    if in_one_wave and block_n <= 16:
+        # Told a limit, the compiler uses all of it to overlap positions; else it guards an occupancy that does not pay.
+        max_registers = 255 if warps_in_one_pass * n_chunks <= 8 * n_processors else 168
+    return Plan(block_n, block_d, num_warps, unroll, max_registers, group_size, n_blocks, chunk_length, n_chunks)
 
 
 def _ceil_div(a: int, b: int) -> int:

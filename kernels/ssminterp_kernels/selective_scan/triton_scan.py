@@ -18,6 +18,7 @@ from ssminterp_kernels.selective_scan.triton_forward import (
     combine_chunks_kernel,
     scan_forward_kernel,
 )
+from ssminterp_kernels.selective_scan.triton_math import NUMBER, TILE, WIDE
 from ssminterp_kernels.selective_scan.triton_plan import SEGMENT, Plan, plan_scan, processor_count
 
 BLOCK_T = 2  # positions whose states the backward pass holds in registers; more of them spill
@@ -136,7 +137,7 @@ def forward_plan(s: ScanTensors) -> Plan:
     """How the forward pass covers s."""
     batch, length, d_inner = s.x.shape
     sizes = (batch, length, d_inner, s.A.shape[1], s.B.shape[2], processor_count(s.x.device))
-    return plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=12, widest_block=64)
+    return plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=12, widest_block=64, in_one_wave=True)
 
 
 def backward_plan(s: ScanTensors) -> Plan:
@@ -148,6 +149,16 @@ def backward_plan(s: ScanTensors) -> Plan:
 
 def _masks(plan: Plan, d_state: int) -> dict[str, bool]:
     return {"MASK_D": plan.group_size % plan.block_d != 0, "MASK_N": plan.block_n != d_state}
+
+
+def _kind(tensor: Tensor | None) -> int:
+    """How kernels load the items [d_inner, d_state] of a tensor."""
+    if tensor is None:
+        return TILE.value
+    if tensor.stride(-1) == tensor.stride(-2) == 0:
+        return NUMBER.value
+    wide = tensor.stride(-1) == 1 and all(stride % 16 == 0 for stride in tensor.stride()[:-1])
+    return WIDE.value if wide and tensor.shape[-1] in (16, 32, 64, 128, 256) else TILE.value
 
 
 def placement(plan: Plan, length: int) -> tuple[int, ...]:
@@ -188,20 +199,24 @@ def scan_forward(s: ScanTensors, save: bool) -> tuple[Tensor, Tensor | None, Ten
     common = {
         "POS": strides_of_pos(s.x, s.delta, s.z, s.B, s.C, y),
         "SOFTPLUS": s.softplus,
+        "AHEAD": plan.max_registers == 255,
+        "maxnreg": plan.max_registers,
         **_masks(plan, d_state),
         **tiles,
     }
     edits, keep, add = edit_table(s.edits), strided(s.keep), strided(s.add)
-    start = strided_state(s.initial_state)
+    start = s.initial_state if s.initial_state is None else s.initial_state.unsqueeze(1)
+    kinds = (_kind(s.A), _kind(s.keep), _kind(s.add), _kind(final_state))
     if plan.is_chunked:
         decays, starts = (new_states(s, batch, plan.n_chunks) for _ in range(2))
         chunk_summary_kernel[(plan.programs(batch) - batch * plan.n_blocks,)](
             *(strided(s.x), strided(s.delta), strided(s.A), strided(s.B), strided(s.bias), edits, keep, add),
             *(strided(decays), strided(starts), *placement(plan, length), d_state, 0),
+            KINDS=kinds,
             **common,
         )
         _combine(decays, starts, s.initial_state, backward=False)
-        start = strided(starts)
+        start = starts
     scan_forward_kernel[(plan.programs(batch),)](
         *(
             strided(s.x),
@@ -212,10 +227,11 @@ def scan_forward(s: ScanTensors, save: bool) -> tuple[Tensor, Tensor | None, Ten
             strided(s.C),
             strided(s.D),
             strided(s.bias),
-            start,
+            strided(start),
         ),
         *(edits, keep, add, position_table(s.recorded), strided(y), strided(states), strided(boundaries)),
         *(strided_state(final_state), *placement(plan, length), d_state, 0),
+        KINDS=(*kinds[:3], _kind(start), _kind(states), _kind(final_state)),
         RECORD_ALL=s.record_all,
         SEGMENT=SEGMENT if boundaries is not None else 0,
         **common,
