@@ -21,12 +21,14 @@ from scan_cases import (  # noqa: E402
     ScanCase,
     check_against_reference,
     in_float64,
+    outputs_and_gradients,
     random_scan_inputs,
     reference,
     relative_error,
+    with_backend,
 )
 
-from ssminterp_kernels.selective_scan import ScanOutput, selective_scan  # noqa: E402
+from ssminterp_kernels.selective_scan import ScanOutput, StateEdits, selective_scan  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 gpu = pytest.mark.gpu
@@ -41,6 +43,8 @@ SMALL_CASES = (
     ScanCase(length=11, edit_positions=(0, 3, 4, 10), states=(3, 10), dtype=F16),
     ScanCase(length=11, edit_positions=((0, 5), (5, 10)), strided=True),
     ScanCase(length=200, batch=1, d_inner=2, d_state=2, edit_positions=(5, 70, 130), states=(64, 199)),
+    # d_state and strides that the kernels read 16 bytes at a time; edits alone, in pairs and at the end of a block
+    ScanCase(length=18, d_inner=3, d_state=16, edit_positions=((0, 1, 15), (7, 8, 17)), states=(0, 9, 10)),
 )
 GPU_CASES = (
     *(case for case in CASES if case.dtype != F64),
@@ -72,6 +76,22 @@ def test_small_cases_equal_the_reference(case: ScanCase) -> None:
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_outputs_and_gradients_equal_the_reference(case: ScanCase) -> None:
     check_against_reference(case, "triton", device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("length", "positions", "keeps_a_number"),
+    [(9, (3, 8), True), (9, (4, 5), True), (9, (3, 8), False), (9, (4, 5), False), (194, (64, 65), False)],
+)
+def test_edits_by_one_number_and_by_whole_states(length: int, positions: tuple[int, int], keeps_a_number: bool) -> None:
+    """A number needs no tile, a whole state is read 16 bytes at a time; in one pass over time and in chunks."""
+    inputs = random_scan_inputs(ScanCase(batch=1, length=length, d_inner=2, d_state=16), device=DEVICE)
+    keep = torch.rand(1, 2, *((1, 1) if keeps_a_number else (2, 16)), device=DEVICE, requires_grad=True)
+    add = torch.randn(1, 2, 2, 16, device=DEVICE, requires_grad=True)
+    inputs["edits"] = StateEdits(positions, keep, add)
+    ours = outputs_and_gradients(with_backend("triton"), inputs)
+    expected = outputs_and_gradients(reference, in_float64(inputs))
+    errors = {name: relative_error(ours[name], expected[name]) for name in expected}
+    assert max(errors.values()) <= 1e-5, errors
 
 
 @pytest.mark.parametrize("output", ["y", "states", "final_state"])

@@ -220,9 +220,9 @@ def scan_forward_kernel(
         touched += B_ahead + C_ahead
         B_ahead = touch_weights(B, batch, group, d_state, t + UNROLL, stop, POS[3], UNROLL)
         C_ahead = touch_weights(C, batch, group, d_state, t + UNROLL, stop, POS[4], UNROLL)
-        B_at = B_rows + t.to(tl.int64) * POS[3]
-        C_at = C_rows + t.to(tl.int64) * POS[4]
-        y_at = y_rows + t.to(tl.int64) * POS[5]
+        B_at = B_rows + tl.cast(t, tl.int64) * POS[3]
+        C_at = C_rows + tl.cast(t, tl.int64) * POS[4]
+        y_at = y_rows + tl.cast(t, tl.int64) * POS[5]
         if SEGMENT:
             if t % SEGMENT == 0:
                 _store_state(boundaries, batch, t // SEGMENT, d, n, state, there, tile_there, KINDS[5])
@@ -286,7 +286,7 @@ def scan_forward_kernel(
         else:
             # Several of them, or the end of the chunk: position by position.
             for i in tl.range(t, tl.minimum(t + UNROLL, stop)):
-                at = i.to(tl.int64)
+                at = tl.cast(i, tl.int64)
                 x_row = load_masked(x_rows + at * POS[0], there, MASK_D)
                 delta_row = load_masked(delta_rows + at * POS[1], there, MASK_D)
                 z_row = load_masked(z_rows + at * POS[2], there, MASK_D) if z is not None else x_row
@@ -373,6 +373,7 @@ def chunk_summary_kernel(
 
     first = (chunk * chunk_length).to(tl.int32)
     stop = tl.minimum(first + chunk_length, length).to(tl.int32)
+    next_edit = tl.full((), FAR, tl.int32)
     if edits is not None:
         edits_here = edits[0] + batch * edits[1]
         edit = count_before(edits_here, edits[2], first)
@@ -389,60 +390,58 @@ def chunk_summary_kernel(
         upcoming = _load_rows(x_rows, delta_rows, x_rows, None, t + UNROLL, stop, there, POS, MASK_D, UNROLL)
         touched += B_ahead
         B_ahead = touch_weights(B, batch, group, d_state, t + UNROLL, stop, POS[3], UNROLL)
-        B_at = B_rows + t.to(tl.int64) * POS[3]
-        calm = True
-        one_edit = False
-        if edits is not None:
-            calm = t + UNROLL <= next_edit
-            one_edit = t + UNROLL <= after_edit
-        if calm:
+        B_at = B_rows + tl.cast(t, tl.int64) * POS[3]
+        if t + UNROLL <= next_edit:
             for u in tl.static_range(UNROLL):
                 B_row = load_masked(B_at + u * POS[3], n_there, MASK_N).to(tl.float32)
                 step = step_size(rows[3 * u + 1], bias_row, SOFTPLUS)
                 state = advance(state, A2, step, rows[3 * u], B_row)
                 elapsed += step
-        elif one_edit:
-            edit_at = next_edit - t
-            if AHEAD:
-                edit_here = held
-                held = _load_edit(keep, add, batch, edit + 1, edits[2], d, n, there, tile_there, zero, KINDS)
+        elif edits is not None:
+            if t + UNROLL <= after_edit:
+                edit_at = next_edit - t
+                if AHEAD:
+                    edit_here = held
+                    held = _load_edit(keep, add, batch, edit + 1, edits[2], d, n, there, tile_there, zero, KINDS)
+                else:
+                    edit_here = _load_edit(keep, add, batch, edit, edits[2], d, n, there, tile_there, zero, KINDS)
+                before_edit = elapsed
+                for u in tl.static_range(UNROLL):
+                    B_row = load_masked(B_at + u * POS[3], n_there, MASK_N).to(tl.float32)
+                    step = step_size(rows[3 * u + 1], bias_row, SOFTPLUS)
+                    state = advance(state, A2, step, rows[3 * u], B_row)
+                    elapsed += step
+                    state = tl.where(edit_at == u, state * edit_here[0] + edit_here[1], state)
+                    before_edit = tl.where(edit_at == u, elapsed, before_edit)
+                    elapsed = tl.where(edit_at == u, 0.0, elapsed)
+                decay *= tl.exp2(before_edit[None, :] * A2) * edit_here[0]
+                edit += 1
+                next_edit = after_edit
+                after_edit = _position(edits_here, edit + 1, edits[2])
             else:
-                edit_here = _load_edit(keep, add, batch, edit, edits[2], d, n, there, tile_there, zero, KINDS)
-            before_edit = elapsed
-            for u in tl.static_range(UNROLL):
-                B_row = load_masked(B_at + u * POS[3], n_there, MASK_N).to(tl.float32)
-                step = step_size(rows[3 * u + 1], bias_row, SOFTPLUS)
-                state = advance(state, A2, step, rows[3 * u], B_row)
-                elapsed += step
-                state = tl.where(edit_at == u, state * edit_here[0] + edit_here[1], state)
-                before_edit = tl.where(edit_at == u, elapsed, before_edit)
-                elapsed = tl.where(edit_at == u, 0.0, elapsed)
-            decay *= tl.exp2(before_edit[None, :] * A2) * edit_here[0]
-            edit += 1
-            next_edit = after_edit
-            after_edit = _position(edits_here, edit + 1, edits[2])
-        else:
-            for i in tl.range(t, t + UNROLL):
-                at = i.to(tl.int64)
-                x_row = load_masked(x_rows + at * POS[0], there, MASK_D)
-                delta_row = load_masked(delta_rows + at * POS[1], there, MASK_D)
-                B_row = load_masked(B_rows + at * POS[3], n_there, MASK_N).to(tl.float32)
-                step = step_size(delta_row, bias_row, SOFTPLUS)
-                state = advance(state, A2, step, x_row, B_row)
-                elapsed += step
-                if i == next_edit:
-                    if AHEAD:
-                        edit_here = held
-                    else:
-                        edit_here = _load_edit(keep, add, batch, edit, edits[2], d, n, there, tile_there, zero, KINDS)
-                    state = state * edit_here[0] + edit_here[1]
-                    decay *= tl.exp2(elapsed[None, :] * A2) * edit_here[0]
-                    elapsed = tl.zeros((BLOCK_D,), tl.float32)
-                    edit += 1
-                    next_edit = after_edit
-                    after_edit = _position(edits_here, edit + 1, edits[2])
-                    if AHEAD:
-                        held = _load_edit(keep, add, batch, edit, edits[2], d, n, there, tile_there, zero, KINDS)
+                for i in tl.range(t, t + UNROLL):
+                    at = tl.cast(i, tl.int64)
+                    x_row = load_masked(x_rows + at * POS[0], there, MASK_D)
+                    delta_row = load_masked(delta_rows + at * POS[1], there, MASK_D)
+                    B_row = load_masked(B_rows + at * POS[3], n_there, MASK_N).to(tl.float32)
+                    step = step_size(delta_row, bias_row, SOFTPLUS)
+                    state = advance(state, A2, step, x_row, B_row)
+                    elapsed += step
+                    if i == next_edit:
+                        if AHEAD:
+                            edit_here = held
+                        else:
+                            edit_here = _load_edit(
+                                keep, add, batch, edit, edits[2], d, n, there, tile_there, zero, KINDS
+                            )
+                        state = state * edit_here[0] + edit_here[1]
+                        decay *= tl.exp2(elapsed[None, :] * A2) * edit_here[0]
+                        elapsed = tl.zeros((BLOCK_D,), tl.float32)
+                        edit += 1
+                        next_edit = after_edit
+                        after_edit = _position(edits_here, edit + 1, edits[2])
+                        if AHEAD:
+                            held = _load_edit(keep, add, batch, edit, edits[2], d, n, there, tile_there, zero, KINDS)
     decay *= tl.exp2(elapsed[None, :] * A2)
     _store_state(decays, batch, chunk, d, n, decay, there, tile_there, KINDS[3])
     _store_state(locals_, batch, chunk, d, n, state, there, tile_there, KINDS[3])
