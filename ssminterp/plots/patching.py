@@ -45,13 +45,8 @@ def patching_heatmap(sweep: DataArray, title: str | None = None) -> go.Figure:
             colorbar={"title": {"text": f"share of the<br>way to {source}"}, "thickness": 14},
         )
     )
-    labels = [str(label) for label in sweep["position"].values]
-    differ = any("⟨" in label for label in labels)
     figure.update_xaxes(
-        title="position, ⟨…⟩: the prompts have different tokens there" if differ else "position",
-        tickvals=columns,
-        ticktext=labels,
-        tickangle=-45,
+        title="position", tickvals=columns, ticktext=[str(label) for label in sweep["position"].values], tickangle=-45
     )
     figure.update_yaxes(title="layer", dtick=1)
     hook = str(sweep["hook"].item()) if "hook" in sweep.coords else "hook"

@@ -19,13 +19,18 @@ _SUBTITLE = "<br><sub>"
 
 
 def themed(figure: go.Figure, title: str, subtitle: str) -> go.Figure:
-    """The figure with the shared fonts, margins, title and subtitle."""
+    """The figure with the shared fonts, margins, title and subtitle, and a word on labels like "5 ⟨varies⟩"."""
     figure.update_layout(
         template="plotly_white",
         font=FONT,
         title={"text": f"{title}{_SUBTITLE}{subtitle}</sub>", "x": 0.02, "xanchor": "left", "font": {"size": 17}},
         margin={"l": 70, "r": 30, "t": 90, "b": 90},
     )
+    along = [trace.x for trace in figure.data if "x" in trace and trace.x is not None]
+    labels = [label for array in along for label in array] + list(figure.layout.xaxis.ticktext or ())
+    if any("⟨" in label for label in labels if isinstance(label, str)):
+        for axis in figure.select_xaxes(lambda axis: bool(axis.title.text)):
+            axis.title.text += " (⟨…⟩: not the same in all prompts)"
     return figure
 
 

@@ -18,6 +18,8 @@ GAP = 0.4
 # The path that the summary names has at least this share of the logit difference in each edge.
 PATH_SHARE = 0.3
 
+MEANINGLESS = "so what follows says nothing of how it is done"
+
 PAPER = "mamba-370m"
 
 
@@ -27,7 +29,7 @@ def summary(study: IOIStudy) -> pd.DataFrame:
     rows = [
         (
             "Does it do the task?",
-            f"{three['accuracy']:.0%} right",
+            f"{three['accuracy']:.0%} right" + ("" if three["accuracy"] > HALF else f": no, {MEANINGLESS}"),
             f"probability of the right name {three['probability']:.2f}, logit difference {three['logit_diff']:.1f}",
         ),
         _needed(study),
@@ -88,7 +90,8 @@ def _worst(ablated: xr.Dataset, n: int = 4) -> str:
 def _sets(study: IOIStudy) -> tuple[str, str, str]:
     always = _in_every_set(study)
     evidence = "; ".join(f"{row.format}: {row.layers}" for row in study.minimal_sets.itertuples())
-    return "Which layers pass the names on?", f"{_listed(always)}, in every set that suffices", evidence
+    answer = f"{_listed(always)}, in every set that suffices" if always else "none is in every set that suffices"
+    return "Which layers pass the names on?", answer, evidence
 
 
 def _removable(study: IOIStudy) -> tuple[str, str, str]:

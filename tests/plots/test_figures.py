@@ -35,7 +35,7 @@ def test_axes_show_tokens_and_the_title_the_baselines(sweep: DataArray) -> None:
 
 
 def test_labels_for_tokens_that_differ_are_explained_where_there_are_some(sweep: DataArray) -> None:
-    assert "different tokens" in patching_heatmap(sweep).layout.xaxis.title.text
+    assert patching_heatmap(sweep).layout.xaxis.title.text == "position (⟨…⟩: not the same in all prompts)"
     same = sweep.assign_coords(position=["0 When", "1 Mary", "2 to"])
     assert patching_heatmap(same).layout.xaxis.title.text == "position"
 

@@ -42,6 +42,17 @@ def test_the_bottlenecks_of_tiny_mamba_are_in_the_summary(study: IOIStudy) -> No
     assert exchange == "100% of the prompts"
 
 
+def test_a_model_that_fails_the_task_is_not_read_as_if_it_did_it(study: IOIStudy) -> None:
+    weak = replace(
+        study,
+        baseline=study.baseline.assign(accuracy=0.2),
+        minimal_sets=study.minimal_sets.assign(layers=[[] for _ in study.minimal_sets.index]),
+    )
+    answers = summary(weak).set_index("question")["answer"]
+    assert answers["Does it do the task?"] == "20% right: no, so what follows says nothing of how it is done"
+    assert answers["Which layers pass the names on?"] == "none is in every set that suffices"
+
+
 def test_its_numbers_are_those_of_the_tools(study: IOIStudy, model: HookedMamba) -> None:
     three = make_task("ioi_ensign", model.tokenizer, n=3, seed=0)
     metric = three.metric("probability")
