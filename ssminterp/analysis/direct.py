@@ -33,7 +33,7 @@ def logit_direction(
 
     answer, instead: an id, the text of one token, or a list with one for each example.
 
-    Raises ValueError for tokens that do not exist and positions out of range.
+    Raises ValueError for tokens that do not exist or are the same, and positions out of range.
     """
     cache = recorded(model, run, [_last_resid(model)])
     batch, length = cache.tokens.shape
@@ -41,6 +41,11 @@ def logit_direction(
     resid = cache[_last_resid(model)][:, at]
     ids = token_ids(model, answer, batch)
     against = None if instead is None else token_ids(model, instead, batch)
+    same = [] if against is None else (ids == against).nonzero().flatten().tolist()
+    if same:
+        raise ValueError(
+            f"answer and instead are the same token in examples {same[:5]}: no direction leads between them"
+        )
     difference = unembedding(model, resid, ids.tolist())
     if against is not None:
         difference = difference - unembedding(model, resid, against.tolist())

@@ -13,7 +13,7 @@ from ssminterp.interventions.edits import Affine, Edit
 from ssminterp.interventions.selection import Roles, Selection
 from ssminterp.models import FwdHook, HookedMamba, HookPoint
 from ssminterp.models.hook_names import NamesFilter
-from ssminterp.models.mixers.state_scan import AffineStateHook
+from ssminterp.models.mixers.state_scan import AffineStateHook, InterventionParts
 from ssminterp.models.timeline import Window
 from ssminterp.shapes import broadcasts
 
@@ -122,33 +122,52 @@ def _only(new: Tensor, old: Tensor, features: Tensor | None, examples: Tensor | 
 
 def _state_hooks(point: HookPoint, where: Selection, features: Bool[Tensor, "..."] | None, edit: Edit) -> list[FwdHook]:
     """One hook per position: the state after it follows from the state there."""
-    positions = where.positions
+    positions, intervention = where.positions, object()
     if isinstance(positions, Tensor):
+        found = [(int(p), positions.cpu() == p) for p in positions.unique()]
         return [
-            (point.name, _state_hook(where, features, edit.columns(here.int().argmax(1)), here.any(1)), p)
-            for p, here in ((int(p), positions.cpu() == p) for p in positions.unique())
+            (point.name, _state_hook(where, features, edit.columns(here.int().argmax(1)), intervention, here.any(1)), p)
+            for p, here in found
         ]
     if isinstance(positions, int):
-        return [(point.name, _state_hook(where, features, edit, None), positions)]
+        return [(point.name, _state_hook(where, features, edit, intervention), positions)]
     if not isinstance(positions, tuple):
         raise ValueError(f"an intervention on {point.name} needs positions, an int or a list: it propagates from each")
-    return [(point.name, _state_hook(where, features, edit.columns(i), None), p) for i, p in enumerate(positions)]
+    return [
+        (point.name, _state_hook(where, features, edit.columns(i), intervention), p) for i, p in enumerate(positions)
+    ]
 
 
 def _state_hook(
-    where: Selection, features: Bool[Tensor, "..."] | None, edit: Edit, examples: Bool[Tensor, " batch"] | None
-) -> StateFunction:
+    where: Selection,
+    features: Bool[Tensor, "..."] | None,
+    edit: Edit,
+    intervention: object,
+    examples: Bool[Tensor, " batch"] | None = None,
+) -> AffineStateHook | StateEdit:
+    rows = [None] if examples is None else examples.nonzero().flatten().tolist()
+    parts = frozenset((intervention, row) for row in rows)
     if isinstance(edit, Affine) and where.batch is None:
         keep, add = _masked(edit.keep, 1.0, features, examples), _masked(edit.add, 0.0, features, examples)
-        return AffineStateHook(keep, add)
+        return AffineStateHook(keep, add, parts)
+    return StateEdit(where, features, edit, examples, parts)
 
-    def function(state: Tensor, hook: HookPoint) -> Tensor:
-        rows = where.batch_mask(len(state))
-        if examples is not None:
-            rows = examples if rows is None else rows & examples
-        return _only(edit(state[:, None])[:, 0], state, features, rows)
 
-    return function
+@dataclass(frozen=True, eq=False)
+class StateEdit:
+    """A hook function that changes the selected part of a state [batch, d_inner, d_state]."""
+
+    where: Selection
+    features: Bool[Tensor, "..."] | None
+    edit: Edit
+    examples: Bool[Tensor, " batch"] | None
+    parts: InterventionParts
+
+    def __call__(self, state: Tensor, hook: HookPoint) -> Tensor:
+        rows = self.where.batch_mask(len(state))
+        if self.examples is not None:
+            rows = self.examples if rows is None else rows & self.examples
+        return _only(self.edit(state[:, None])[:, 0], state, self.features, rows)
 
 
 def _masked(

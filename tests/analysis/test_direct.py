@@ -101,6 +101,8 @@ def test_what_cannot_be_answered_is_refused() -> None:
         attribute_to_channels(model, tokens, [1, 2, 3])
     with pytest.raises(ValueError, match="has no tokenizer"):
         attribute_to_layers(model, tokens, "Mary")
+    with pytest.raises(ValueError, match=r"the same token in examples \[1\]"):
+        attribute_to_layers(model, tokens, [1, 2], [3, 2])
     with pytest.raises(ValueError, match=r"layers \[-1\] do not exist"):
         attribute_to_sources(model, tokens, 1, layers=-1)
     with pytest.raises(ValueError, match=r"sources \[5\] lie after every target; the last target is 2"):

@@ -52,6 +52,8 @@ IN_THE_RUN: list[tuple[tuple[Any, ...], str]] = [
     ((STATE, torch.zeros(3, 16, 4), 3), r"\[3, 16, 4\] does not fit blocks.1.mixer.hook_state.*\[2, 16, 4\]"),
     ((STATE, 0.0, [2, 7]), r"positions \[7\] are out of range"),
     ((STATE, 0.0, torch.tensor([[1], [9]])), r"positions \[9\] are out of range"),
+    ((STATE, 0.0, [6, -1]), "names one position of this run twice.* it is 6"),
+    ((STATE, 0.0, torch.tensor([[2, 5], [0, -7]])), "names one position of this run twice.* it is 0"),
     ((STATE, 0.0, torch.tensor([[1], [2], [3]])), r"\[3, 1, 1\] does not fit blocks.1.mixer.hook_state"),
 ]
 
@@ -80,3 +82,21 @@ def test_patches_of_different_batches_at_one_state() -> None:
     interventions = (ablate(STATE, positions=1), patch(STATE, torch.zeros(3, 16, 4), positions=4))
     with pytest.raises(ValueError, match=r"\[3, 16, 4\] does not fit"), MODEL.intervene(*interventions):
         MODEL(TOKENS)
+
+
+def test_positions_from_both_ends_may_meet_in_different_examples() -> None:
+    value = torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(0))
+    with MODEL.intervene(patch(STATE, value[:, None], torch.tensor([[6], [-1]]))):
+        by_example = MODEL(TOKENS)
+    with MODEL.intervene(patch(STATE, value, -1)):
+        torch.testing.assert_close(by_example, MODEL(TOKENS))
+
+
+def test_a_position_named_twice_is_refused_also_where_an_edit_is_not_affine() -> None:
+    basis = torch.linalg.qr(torch.randn(16, 2, generator=torch.Generator().manual_seed(0)))[0]
+    said = "names one position of this run twice"
+    turned = patch(STATE, torch.zeros(1, 2, 16, 4), [-1, 6], basis=basis)
+    with pytest.raises(ValueError, match=said), MODEL.intervene(turned):
+        MODEL(TOKENS)
+    with pytest.raises(ValueError, match=said), MODEL.intervene(ablate(STATE, positions=[3, -4])):
+        MODEL.generate(TOKENS, 2)

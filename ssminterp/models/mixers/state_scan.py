@@ -22,15 +22,22 @@ States: TypeAlias = Literal["all"] | tuple[int, ...] | None
 Scan: TypeAlias = Callable[[int, int, Tensor | None, States, StateEdits | None], ScanOutput]
 
 
+# What a function does of an intervention that has a function for each of its positions: (the intervention, by an object
+# of its own, and an example; None for all). No two functions that do the same of it may meet at a position.
+InterventionParts: TypeAlias = frozenset[tuple[object, int | None]]
+
+
 class AffineStateHook:
     """A hook function on the state that is affine: `h ← keep ⊙ h + add`. These are fused into the scan.
 
     keep, add: floats or tensors broadcastable to [batch, d_inner, d_state].
+    parts: of the intervention that it belongs to, if it does.
     """
 
-    def __init__(self, keep: Tensor | float, add: Tensor | float) -> None:
+    def __init__(self, keep: Tensor | float, add: Tensor | float, parts: InterventionParts = frozenset()) -> None:
         self.keep = keep
         self.add = add
+        self.parts = parts
 
     def __call__(self, state: Float[Tensor, "batch d_inner d_state"], hook: HookPoint) -> Tensor:
         keep, add = self.on(state.device)
@@ -75,6 +82,7 @@ def state_work(hook: StateHookPoint, length: int) -> StateWork:
     for function, positions in acting:
         for p in sorted(resolve_positions(positions, length) or ()):
             writers.setdefault(p, []).append(function)
+    _check_no_position_twice(writers, hook)
     recorded = {p for recorder in hook.recorders for p in recorder.positions or ()}
     everything = bool(readers) or any(r.positions is None for r in hook.recorders)
     shown = None
@@ -83,6 +91,16 @@ def state_work(hook: StateHookPoint, length: int) -> StateWork:
         everything = everything or shown is None
         recorded.update(shown or ())
     return StateWork(writers, readers, "all" if everything else tuple(sorted(recorded)) or None, shown)
+
+
+def _check_no_position_twice(writers: dict[int, list[HookFunction]], hook: HookPoint) -> None:
+    for p, functions in writers.items():
+        parts = [part for function in functions for part in getattr(function, "parts", ())]
+        if len(set(parts)) < len(parts):
+            raise ValueError(
+                f"an intervention on {hook.name} names one position of this run twice, counted from the beginning and "
+                f"from the end: it is {p if hook.window is None else p + hook.window.begin}"
+            )
 
 
 def scan_with_state_hooks(
