@@ -29,7 +29,7 @@ import transformers
 from transformers import MambaConfig, MambaForCausalLM
 
 from ssminterp import HookedMamba
-from ssminterp.models.mixers import mamba1
+from ssminterp.models.mixers import scans as scans_module
 from ssminterp_kernels.selective_scan import selective_scan
 
 SHAPE = {"hidden_size": 768, "num_hidden_layers": 24, "state_size": 16}
@@ -54,7 +54,7 @@ def timed_scans(backend: str) -> Iterator[list[float]]:
         times.append((time.perf_counter() - start) * 1e3)
         return out
 
-    with patch.object(mamba1, "selective_scan", scan):
+    with patch.object(scans_module, "selective_scan", scan):
         yield times
 
 

@@ -1,5 +1,5 @@
-"""Scans for state space models that can record, edit and differentiate their hidden states.
+"""Scans for state space models that can record, edit and differentiate their hidden states, and the conv before them.
 
-This package knows torch, numba and triton and nothing of models. One folder per recurrence; each holds a plain
-reference, its fast paths, and one public function.
+This package knows torch, numba and triton and nothing of models. One folder per operator; each holds its
+public function and the paths behind it.
 """

@@ -49,7 +49,7 @@ class HookedMamba(ContinuingModel):
     >>> cache["delta", 0].shape == (1, logits.shape[1], model.cfg.d_inner)
     True
 
-    The Hugging Face model stays whole in `hf_model`: its mixers are taken over, with the same submodules and
+    The Hugging Face model stays whole in `hf_model`: its mixers and norms are taken over, with the same submodules and
     parameters, so `state_dict`, `save_pretrained`, PEFT, `device_map` and `generate` go on working.
     """
 

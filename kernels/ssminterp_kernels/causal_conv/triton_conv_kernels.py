@@ -36,7 +36,7 @@ def _tap(weight, j, d, there):
     return tl.load(weight[0] + d * weight[1] + j * weight[2], mask=there, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["length", "d_inner", "width", "n_times", "n_blocks"])
+@triton.jit(do_not_specialize=["length", "width", "n_times", "n_blocks"])
 @no_type_check
 def conv_forward_kernel(
     x,
@@ -70,7 +70,7 @@ def conv_forward_kernel(
     tl.store(rows, total, mask=(t < length)[:, None] & there[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "d_inner", "width", "before", "n_times", "n_tiles", "n_blocks", "per_program"])
+@triton.jit(do_not_specialize=["length", "width", "before", "n_times", "n_tiles", "n_blocks", "per_program"])
 @no_type_check
 def conv_backward_kernel(
     x,
@@ -151,7 +151,7 @@ def conv_backward_kernel(
     tl.store(place + D_CONV * d_inner + d, dbias, mask=there)
 
 
-@triton.jit(do_not_specialize=["d_inner", "n_blocks"])
+@triton.jit(do_not_specialize=["n_blocks"])
 @no_type_check
 def conv_step_kernel(
     x,

@@ -29,7 +29,7 @@ def _weights(tensor, batch, group, n, mask, n_there, ONE_GROUP: tl.constexpr):
     return weights.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["d_inner", "group_size", "n_blocks"])
+@triton.jit(do_not_specialize=["group_size", "n_blocks"])
 @no_type_check
 def scan_step_kernel(
     state,

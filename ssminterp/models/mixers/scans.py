@@ -45,6 +45,9 @@ class Silence(NamedTuple):
 class SelectiveScan:
     """A scan of x, Δ, B and C. D and z, the gate, ride in its kernel if they are given.
 
+    One position after a state, as decoding runs it, is the one-step kernel: its only state is the final one, so states
+    are recorded all the same. Where the state is edited, and where the text begins, it is the general scan.
+
     in_place: whether a scan over one position may write the new state over the initial one.
     """
 
