@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -32,6 +33,14 @@ def choose_backend(x: Tensor, backend: Backend = "auto") -> Literal["torch", "tr
 def takes_triton(x: Tensor) -> bool:
     """Whether "auto" means Triton for x."""
     return x.device.type == "cuda" and x.dtype != torch.float64 and TRITON_IS_INSTALLED
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which x's GPU is the current one: Triton launches there, wherever the pointers lead."""
+    # Compiled graphs have guards of their own around what runs on each device.
+    if torch.compiler.is_compiling() or x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def check_triton_suits(x: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssminterp_kernels.causal_conv import causal_conv, causal_conv_step
 from ssminterp_kernels.scan_step import selective_scan_step
+from ssminterp_kernels.selective_scan import selective_scan
 
 pytestmark = pytest.mark.gpu
 
@@ -82,3 +83,27 @@ def test_conv_steps_in_place_are_the_conv(dtype: torch.dtype) -> None:
         )
         assert after is inputs["window"]
         assert relative_error(y, whole[:, t].double().cpu()) <= TOLERANCE[dtype]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_of_another_gpu_than_the_current_one() -> None:
+    inputs = random_scan_inputs(ScanCase(length=40, d_inner=64, states="all"), device="cuda:1")
+    one = random_scan_inputs(ScanCase(length=1, d_inner=64, states=None), device="cuda:1")
+    weight = torch.randn(64, 4, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    out = selective_scan(**inputs)
+    assert relative_error(out.y, reference(**in_float64(inputs))["y"]) <= 1e-5
+    (dx,) = torch.autograd.grad(out.y.sum() + out.final_state.sum(), inputs["x"])
+    assert dx.isfinite().all()
+    conv = causal_conv(inputs["x"], weight, activation="silu").y
+    on_cpu = causal_conv(inputs["x"].cpu(), weight.cpu(), activation="silu").y
+    torch.testing.assert_close(conv.cpu(), on_cpu, atol=1e-5, rtol=1e-5)
+    (dx,) = torch.autograd.grad(conv.sum(), inputs["x"])
+    assert dx.isfinite().all()
+    with torch.no_grad():
+        at_0 = {name: one[name][:, 0] for name in ("x", "delta", "B", "C", "z")}
+        others = {name: one[name] for name in ("A", "D", "delta_bias", "delta_softplus")}
+        step = selective_scan_step(one["initial_state"], **at_0, **others)
+        assert relative_error(step.y, reference(**in_float64(one | {"states": "all"}))["y"][:, 0]) <= 1e-5
+        causal_conv_step(inputs["x"][:, 0], torch.zeros(2, 64, 4, device="cuda:1"), weight)
+    assert torch.cuda.current_device() == 0

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ssminterp_kernels.backends import on_device_of
 from ssminterp_kernels.causal_conv.triton_conv_kernels import (
     conv_backward_kernel,
     conv_forward_kernel,
@@ -82,13 +83,14 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor 
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tiles = _tiles(x, longest=16)
     n_times, n_blocks = -(-length // tiles["BLOCK_T"]), -(-d_inner // tiles["BLOCK_D"])
-    conv_forward_kernel[(batch * n_times * n_blocks,)](
-        *(_strided(x), _strided(weight), _strided(bias), _strided(window), _strided(y), length, d_inner),
-        *(0 if window is None else window.shape[2], n_times, n_blocks),
-        D_CONV=weight.shape[1],
-        SILU=silu,
-        **tiles,
-    )
+    with on_device_of(x):
+        conv_forward_kernel[(batch * n_times * n_blocks,)](
+            *(_strided(x), _strided(weight), _strided(bias), _strided(window), _strided(y), length, d_inner),
+            *(0 if window is None else window.shape[2], n_times, n_blocks),
+            D_CONV=weight.shape[1],
+            SILU=silu,
+            **tiles,
+        )
     return y
 
 
@@ -105,14 +107,15 @@ def conv_backward(
     per_program = max(1, batch * n_tiles * n_blocks // _PROGRAMS)
     n_times = -(-n_tiles // per_program)
     parts = torch.empty(n_times * batch, (d_conv + 1) * d_inner, dtype=torch.float32, device=x.device)
-    conv_backward_kernel[(batch * n_times * n_blocks,)](
-        *(_strided(x), _strided(weight), _strided(bias), _strided(window), _strided(dy), _strided(dx)),
-        *(_strided(dwindow), parts, length, d_inner, 0 if window is None else window.shape[2], before),
-        *(n_times, n_tiles, n_blocks, per_program),
-        D_CONV=d_conv,
-        SILU=silu,
-        **tiles,
-    )
+    with on_device_of(x):
+        conv_backward_kernel[(batch * n_times * n_blocks,)](
+            *(_strided(x), _strided(weight), _strided(bias), _strided(window), _strided(dy), _strided(dx)),
+            *(_strided(dwindow), parts, length, d_inner, 0 if window is None else window.shape[2], before),
+            *(n_times, n_tiles, n_blocks, per_program),
+            D_CONV=d_conv,
+            SILU=silu,
+            **tiles,
+        )
     sums = parts.sum(0).view(d_conv + 1, d_inner)
     dbias = None if bias is None else sums[d_conv].to(bias.dtype)
     return dx, sums[:d_conv].t().to(weight.dtype), dbias, dwindow
@@ -124,14 +127,15 @@ def conv_step(x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None, si
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = 128
     n_blocks = -(-d_inner // block)
-    conv_step_kernel[(batch * n_blocks,)](
-        *(_strided(x), _strided(window), _strided(weight), _strided(bias), _strided(y), _strided(after)),
-        *(d_inner, n_blocks),
-        D_CONV=weight.shape[1],
-        WIDTH=window.shape[2],
-        SILU=silu,
-        BLOCK_D=block,
-    )
+    with on_device_of(x):
+        conv_step_kernel[(batch * n_blocks,)](
+            *(_strided(x), _strided(window), _strided(weight), _strided(bias), _strided(y), _strided(after)),
+            *(d_inner, n_blocks),
+            D_CONV=weight.shape[1],
+            WIDTH=window.shape[2],
+            SILU=silu,
+            BLOCK_D=block,
+        )
     return y
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssminterp_kernels.backends import on_device_of
 from ssminterp_kernels.scan_step.tensors import StepTensors
 from ssminterp_kernels.scan_step.triton_step_kernel import scan_step_kernel
 
@@ -45,14 +46,16 @@ def scan_step(
     block_n = 1 << (d_state - 1).bit_length()
     block_d = max(1, _TILE // block_n)
     n_blocks = -(-d_inner // block_d)
-    scan_step_kernel[(batch * n_blocks,)](
-        *(_strided(state), _strided(x), _strided(delta), _strided(A), _strided(B), _strided(C), _strided(D)),
-        *(_strided(z), _strided(bias), _strided(y), _strided(after), d_inner, d_inner // n_groups, d_state, n_blocks),
-        SOFTPLUS=softplus,
-        ONE_GROUP=n_groups == 1,
-        BLOCK_D=block_d,
-        BLOCK_N=block_n,
-    )
+    with on_device_of(x):
+        scan_step_kernel[(batch * n_blocks,)](
+            *(_strided(state), _strided(x), _strided(delta), _strided(A), _strided(B), _strided(C), _strided(D)),
+            *(_strided(z), _strided(bias), _strided(y), _strided(after)),
+            *(d_inner, d_inner // n_groups, d_state, n_blocks),
+            SOFTPLUS=softplus,
+            ONE_GROUP=n_groups == 1,
+            BLOCK_D=block_d,
+            BLOCK_N=block_n,
+        )
     return y
 
 

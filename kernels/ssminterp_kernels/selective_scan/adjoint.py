@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ssminterp_kernels.backends import on_device_of
 from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
 from ssminterp_kernels.selective_scan.edits import StateEdits
 from ssminterp_kernels.selective_scan.interface import Backend, choose_backend
@@ -47,7 +48,8 @@ def adjoint_states(
     if choose_backend(arguments, backend) == "triton":
         from ssminterp_kernels.selective_scan.triton_scan import triton_adjoints
 
-        return triton_adjoints(arguments)
+        with on_device_of(arguments.x):
+            return triton_adjoints(arguments)
     return _torch_adjoints(arguments)
 
 

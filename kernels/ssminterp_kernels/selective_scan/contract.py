@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ssminterp_kernels.backends import on_device_of
 from ssminterp_kernels.selective_scan.adjoint import adjoint_states
 from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
 from ssminterp_kernels.selective_scan.interface import Backend, choose_backend, selective_scan
@@ -61,7 +62,8 @@ def contract_with_adjoint(
     if choose_backend(runs[1], backend) == "triton":
         from ssminterp_kernels.selective_scan.triton_contract import triton_contract
 
-        products = triton_contract(runs[0], runs[1], dy, dfinal_state)
+        with on_device_of(dy):
+            products = triton_contract(runs[0], runs[1], dy, dfinal_state)
     else:
         products = _torch_contract(runs[0], runs[1], dy, dfinal_state)
     return products.sum(-1) if sum_d_inner else products

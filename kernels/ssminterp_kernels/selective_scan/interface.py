@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ssminterp_kernels.backends import check_triton_suits, takes_triton
+from ssminterp_kernels.backends import check_triton_suits, on_device_of, takes_triton
 from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
 from ssminterp_kernels.selective_scan.edits import StateEdits
 from ssminterp_kernels.selective_scan.torch_scan import torch_scan
@@ -79,7 +79,8 @@ def selective_scan(
     if chosen == "triton":
         from ssminterp_kernels.selective_scan.triton_scan import triton_scan
 
-        return ScanOutput(*triton_scan(arguments))
+        with on_device_of(arguments.x):
+            return ScanOutput(*triton_scan(arguments))
     if chosen == "numba":
         from ssminterp_kernels.selective_scan.numba_scan import numba_scan
 
