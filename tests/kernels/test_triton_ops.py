@@ -34,6 +34,12 @@ def test_opcheck(case: ScanCase) -> None:
     torch.library.opcheck(scan_op, (*scan_tensors(arguments), True))
 
 
+def test_opcheck_of_rounded_states() -> None:
+    inputs = random_scan_inputs(ScanCase(length=3, d_inner=2, d_state=2), device=DEVICE)
+    arguments = check_arguments(ScanArguments(**inputs, states_dtype=torch.bfloat16))
+    torch.library.opcheck(scan_op, (*scan_tensors(arguments), True))
+
+
 COMPILED = """
 from scan_cases import ScanCase, in_float64, outputs_and_gradients, random_scan_inputs, reference, relative_error
 import torch

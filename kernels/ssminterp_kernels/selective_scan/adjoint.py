@@ -32,18 +32,22 @@ def adjoint_states(
     dfinal_state: Float[Tensor, "batch d_inner d_state"] | None = None,
     edits: StateEdits | None = None,
     states: Literal["all"] | Sequence[int] = "all",
+    states_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Float[Tensor, "batch n_positions d_inner d_state"]:
     """dLoss/dstate_t, direct and through all later states, at the positions in `states`.
 
     dy: the gradient of the scan's y (of the gated y if z is given). dfinal_state: that of its final state.
     delta, A, C, z, delta_bias, delta_softplus, edits: as the scan had them. The adjoint at an edited position is that
-    of the state after the edit, which is the gradient with respect to the edit's `add`.
+    of the state after the edit, which is the gradient with respect to the edit's `add`. states_dtype: torch.bfloat16
+    to have the adjoints rounded to half their memory.
 
     Raises ValueError as `selective_scan` does, which calls dy x and dfinal_state initial_state.
     """
     arguments = check_arguments(
-        ScanArguments(dy, delta, A, C, C, None, z, delta_bias, delta_softplus, dfinal_state, states, edits)
+        ScanArguments(
+            dy, delta, A, C, C, None, z, delta_bias, delta_softplus, dfinal_state, states, edits, states_dtype
+        )
     )
     if choose_backend(arguments, backend) == "triton":
         from ssminterp_kernels.selective_scan.triton_scan import triton_adjoints
@@ -65,10 +69,10 @@ def _torch_adjoints(arguments: ScanArguments) -> Float[Tensor, "batch n_position
     if arguments.z is not None:
         dy = dy * F.silu(arguments.z.to(dtype))
     rows = {position: i for i, position in enumerate(arguments.recorded_positions)}
-    out = torch.empty(batch, len(rows), d_inner, d_state, dtype=dtype, device=dy.device)
+    out = dy.new_empty(batch, len(rows), d_inner, d_state, dtype=arguments.recorded_dtype)
     A, C = arguments.A.to(dtype), arguments.C.to(dtype)
     per_group = d_inner // C.shape[2]
-    carry = torch.zeros_like(out[:, 0]) if rows else out.new_zeros(batch, d_inner, d_state)
+    carry = dy.new_zeros(batch, d_inner, d_state)
     if arguments.initial_state is not None:
         carry = carry + arguments.initial_state
     for t in reversed(range(length)):

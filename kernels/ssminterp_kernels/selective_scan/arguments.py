@@ -33,6 +33,7 @@ class ScanArguments(NamedTuple):
     initial_state: Float[Tensor, "batch d_inner d_state"] | None = None
     states: Literal["all"] | Sequence[int] | None = None
     edits: StateEdits | None = None
+    states_dtype: torch.dtype | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -44,6 +45,11 @@ class ScanArguments(NamedTuple):
     def state_dtype(self) -> torch.dtype:
         """float64 if x is, else float32."""
         return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+
+    @property
+    def recorded_dtype(self) -> torch.dtype:
+        """The dtype of the states that are returned."""
+        return self.state_dtype if self.states_dtype is None else self.states_dtype
 
     @property
     def recorded_positions(self) -> Sequence[int]:
@@ -68,8 +74,9 @@ def check_arguments(arguments: ScanArguments) -> ScanArguments:
 
     Raises ValueError, naming the argument, what was received and what was expected, for shapes that do not agree,
     tensors on another device than x, inputs that are not real floating point, an initial state that is not float32
-    (or float64 when x is), positions that are out of range, duplicate or unsorted (negative ones are out of range),
-    and edits that do not broadcast. NaN and infinity are values like any other.
+    (or float64 when x is), a dtype of states that is neither the state's own nor bfloat16, positions that are out of
+    range, duplicate or unsorted (negative ones are out of range), and edits that do not broadcast. NaN and infinity
+    are values like any other.
     """
     x, A = arguments.x, arguments.A
     _check_rank("x", x, "[batch, pos, d_inner]", 3)
@@ -94,6 +101,7 @@ def check_arguments(arguments: ScanArguments) -> ScanArguments:
     if B.shape != C.shape:
         raise ValueError(f"B and C must have the same number of groups, got B {_shape(B)} and C {_shape(C)}")
     states = _checked_states(arguments.states, length)
+    _check_states_dtype(arguments)
     edits = _checked_edits(arguments.edits, x, A.shape[1])
     return arguments._replace(B=B, C=C, states=states, edits=edits)
 
@@ -168,6 +176,14 @@ def _checked_states(
             raise ValueError(f"states must be None, 'all' or a list of positions, got {states!r}")
         return "all"
     return _checked_positions("states", states, length)
+
+
+def _check_states_dtype(arguments: ScanArguments) -> None:
+    wanted, own = arguments.states_dtype, arguments.state_dtype
+    if wanted not in (None, own, torch.bfloat16):
+        raise ValueError(f"states_dtype must be {own} or torch.bfloat16 when x is {arguments.x.dtype}, got {wanted}")
+    if wanted is not None and arguments.states is None:
+        raise ValueError(f"states_dtype is {wanted} but no states are asked for: pass states='all' or positions")
 
 
 def _checked_positions(name: str, positions: Iterable[int], length: int) -> tuple[int, ...]:

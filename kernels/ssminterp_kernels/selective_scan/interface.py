@@ -21,7 +21,7 @@ class ScanOutput(NamedTuple):
     """What a scan returns.
 
     y: [batch, pos, d_inner], in the dtype of x.
-    states: [batch, n_positions, d_inner, d_state] in the state's dtype, or None if none were asked for.
+    states: [batch, n_positions, d_inner, d_state] in the state's dtype or the one asked for, or None.
     final_state: [batch, d_inner, d_state], the state after the last position.
     """
 
@@ -43,6 +43,7 @@ def selective_scan(
     initial_state: Float[Tensor, "batch d_inner d_state"] | None = None,
     states: Literal["all"] | Sequence[int] | None = None,
     edits: StateEdits | None = None,
+    states_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> ScanOutput:
     """y_t = C_t · h_t + D · x_t (times SiLU(z_t)), where h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t.
@@ -56,6 +57,8 @@ def selective_scan(
     initial_state: h before position 0; zeros if None.
     states: which states to return: None, "all", or strictly ascending positions. States are taken after edits.
     edits: affine edits of the state at sparse positions, see `StateEdits`.
+    states_dtype: torch.bfloat16 to have the returned states rounded to half their memory; the scan itself and the
+        final state stay as they are.
     backend: "torch" for any device and dtype, "numba" for float32 on the CPU, "triton" for float32, bfloat16 and
         float16 on CUDA (on the CPU only under TRITON_INTERPRET=1), or "auto" for the fastest one that the tensors
         allow, which `choose_backend` tells. Strides of the outputs differ between backends.
@@ -72,7 +75,7 @@ def selective_scan(
     torch.Size([2, 2, 4, 3])
     """
     arguments = check_arguments(
-        ScanArguments(x, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, states, edits)
+        ScanArguments(x, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, states, edits, states_dtype)
     )
     chosen = choose_backend(arguments, backend)
     # Imported on first use: Triton is not installed everywhere, and to load what numba compiled takes a moment.

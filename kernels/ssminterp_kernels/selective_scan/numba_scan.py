@@ -61,7 +61,7 @@ def numba_scan(
 
     x must be float32 on the CPU. Every output is differentiable, once, with respect to every tensor argument. Uses
     up to `torch.get_num_threads()` threads. Recorded states are stored with the channels innermost, so `states` is a
-    view with strides of its own.
+    view with strides of its own; to bfloat16 they are rounded once all are recorded.
     """
     plan = _plan(arguments)
     if arguments.needs_graph:
@@ -70,7 +70,9 @@ def numba_scan(
     else:
         around = _Around(arguments.delta_bias, arguments.delta_softplus, arguments.D, arguments.z)
         y, states, final_state, _ = _run_forward(plan, _tensors(arguments, arguments.delta), around, save=False)
-    return y, None if arguments.states is None else states.transpose(2, 3), final_state
+    if arguments.states is None:
+        return y, None, final_state
+    return y, states.transpose(2, 3).to(arguments.recorded_dtype), final_state
 
 
 def _plan(arguments: ScanArguments) -> _Plan:

@@ -28,6 +28,7 @@ class _Plan(NamedTuple):
     chunk: int
     recorded: Sequence[int]
     record_all: bool
+    dtype: torch.dtype
     edits: chunks.EditTable
 
     def slices(self) -> list[slice]:
@@ -70,6 +71,7 @@ def torch_scan(
         chunk=_chunk_length(length),
         recorded=arguments.recorded_positions,
         record_all=arguments.states == "all",
+        dtype=arguments.recorded_dtype,
         edits=chunks.edit_table(arguments.edits),
     )
     tensors = _position_first(arguments)
@@ -128,18 +130,21 @@ def _forward(
     """y without D and z, the recorded states, the final state and, if `save`, the state before each chunk."""
     x, delta, A, B, C, initial_state, keep, add = tensors
     y = torch.empty_like(x)
-    recorded = x.new_empty(len(plan.recorded), *initial_state.shape)
+    recorded = x.new_empty(len(plan.recorded), *initial_state.shape, dtype=plan.dtype)
+    in_place = plan.record_all and plan.dtype == x.dtype
     boundaries = x.new_empty(len(plan.slices()), *initial_state.shape) if save else None
     carried = initial_state
     for k, here in enumerate(plan.slices()):
         if boundaries is not None:
             boundaries[k] = carried
         decay = chunks.decays(delta[here], A)
-        states = recorded[here] if plan.record_all else torch.empty_like(decay)
+        states = recorded[here] if in_place else torch.empty_like(decay)
         chunks.write_inputs(states, delta[here] * x[here], B[here])
         chunks.run_forward(states, decay, carried, here.start, plan.edits, keep, add)
         y[here] = chunks.contract_state(states, C[here])
-        if not plan.record_all:
+        if plan.record_all and not in_place:
+            recorded[here] = states
+        elif not in_place:
             for i, t in plan.recorded_in(here):
                 recorded[i] = states[t]
         carried = states[-1]

@@ -16,7 +16,8 @@ from ssminterp_kernels.selective_scan.triton_plan import SEGMENT
 
 _INPUTS = (
     "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? initial_state, "
-    "Tensor? edits, Tensor? keep, Tensor? add, Tensor? recorded, bool softplus, bool record_all"
+    "Tensor? edits, Tensor? keep, Tensor? add, Tensor? recorded, bool softplus, bool record_all, "
+    "ScalarType states_dtype"
 )
 _FORWARD_SCHEMA = f"({_INPUTS}, bool save) -> (Tensor y, Tensor states, Tensor final_state, Tensor boundaries)"
 _BACKWARD_SCHEMA = f"({_INPUTS}, Tensor boundaries, Tensor? dy, Tensor? dstates, Tensor? dfinal) -> Tensor[]"
@@ -38,7 +39,8 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, _ = s.x.shape
     states = boundaries = None
     if s.record_all or s.recorded is not None:
-        states = triton_scan.new_states(s, batch, length if s.recorded is None else s.recorded.shape[0])
+        n_recorded = length if s.recorded is None else s.recorded.shape[0]
+        states = triton_scan.new_states(s, batch, n_recorded, dtype=s.states_dtype)
     if save and length > SEGMENT:
         boundaries = triton_scan.new_states(s, batch, -(-length // SEGMENT))
     final_state = triton_scan.new_states(s, batch)
@@ -61,7 +63,7 @@ def scan_backward_op(*arguments: Any) -> list[Tensor]:
 
 @scan_backward_op.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    s = triton_scan.ScanTensors(*arguments[:15])
+    s = triton_scan.ScanTensors(*arguments[:16])
     batch = s.x.shape[0]
     like = {
         name: torch.empty_like(t) for name, t in s._asdict().items() if name in ("x", "delta", "z") and t is not None
@@ -84,7 +86,7 @@ def _or_empty(tensor: Tensor | None, s: triton_scan.ScanTensors) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:13], output[3])
-    ctx.flags = inputs[13:15]
+    ctx.flags = inputs[13:16]
     ctx.records = output[1].numel() > 0
 
 
@@ -92,7 +94,7 @@ def _backward(ctx: Any, dy: Tensor, dstates: Tensor, dfinal: Tensor, _dboundarie
     *saved, boundaries = ctx.saved_tensors
     gradients = scan_backward_op(*saved, *ctx.flags, boundaries, dy, dstates if ctx.records else None, dfinal)
     given = (None if tensor is None or g.numel() == 0 else g for tensor, g in zip(saved, gradients, strict=True))
-    return (*given, None, None, None)
+    return (*given, None, None, None, None)
 
 
 scan_op.register_autograd(_backward, setup_context=_setup_context)

@@ -28,7 +28,7 @@ class ScanTensors(NamedTuple):
     """The tensors of a scan as the kernels take them.
 
     B, C: [batch, pos, n_groups, d_state]; edits: int64 positions [batch or 1, n_edits]; keep, add: [batch, n_edits,
-    d_inner, d_state], expanded; recorded: int64 positions [n_recorded].
+    d_inner, d_state], expanded; recorded: int64 positions [n_recorded]; states_dtype: that of recorded states.
     """
 
     x: Tensor
@@ -46,6 +46,7 @@ class ScanTensors(NamedTuple):
     recorded: Tensor | None
     softplus: bool
     record_all: bool
+    states_dtype: torch.dtype
 
 
 def triton_scan(
@@ -88,6 +89,7 @@ def scan_tensors(arguments: ScanArguments) -> ScanTensors:
     return ScanTensors(
         *(x, arguments.delta, A, arguments.B, arguments.C, arguments.D, arguments.z, arguments.delta_bias),
         *(arguments.initial_state, positions, keep, add, recorded, arguments.delta_softplus, record_all),
+        arguments.recorded_dtype,
     )
 
 
@@ -103,9 +105,9 @@ def _kept_positions_on(device: torch.device, positions: tuple[int, ...]) -> Tens
     return torch.tensor(positions, dtype=torch.int64, device=device)
 
 
-def new_states(s: ScanTensors, *leading: int | torch.SymInt) -> Tensor:
-    """An empty float32 tensor [*leading, d_inner, d_state]."""
-    return torch.empty(*leading, *s.A.shape, dtype=torch.float32, device=s.x.device)
+def new_states(s: ScanTensors, *leading: int | torch.SymInt, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An empty tensor [*leading, d_inner, d_state]."""
+    return torch.empty(*leading, *s.A.shape, dtype=dtype, device=s.x.device)
 
 
 def strided(tensor: Tensor | None) -> tuple[Any, ...] | None:
@@ -190,7 +192,9 @@ def scan_forward(s: ScanTensors, save: bool) -> tuple[Tensor, Tensor | None, Ten
     plan = forward_plan(s)
     y = torch.empty_like(s.x)
     n_recorded = length if s.record_all else 0 if s.recorded is None else s.recorded.shape[0]
-    states = new_states(s, batch, n_recorded) if s.record_all or s.recorded is not None else None
+    states = None
+    if s.record_all or s.recorded is not None:
+        states = new_states(s, batch, n_recorded, dtype=s.states_dtype)
     final_state = new_states(s, batch)
     boundaries = None
     if save and length > SEGMENT:
@@ -321,7 +325,8 @@ def triton_adjoints(arguments: ScanArguments) -> Float[Tensor, "batch n_position
     batch, length, _ = s.x.shape
     plan = backward_plan(s)
     dy = s.x
-    adjoints = new_states(s, batch, length if s.recorded is None else s.recorded.shape[0])
+    n_emitted = length if s.recorded is None else s.recorded.shape[0]
+    adjoints = new_states(s, batch, n_emitted, dtype=s.states_dtype)
     future = strided_state(s.initial_state)
     if plan.is_chunked:
         future = strided(futures_of_chunks(s, plan, dy, None, s.initial_state))
