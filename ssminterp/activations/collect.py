@@ -67,9 +67,11 @@ def collect_activations(
     max_tokens: read only so many tokens of each text. dtype: to store activations in; as they are by default.
     shard_bytes: a shard is closed when its activations take as much; a text is never divided.
 
-    Raises ValueError if no hook matches, a text is no text or lacks a position, a batch would not fit in memory, `out`
-    holds something else or cannot be written (a full disk: what was finished stays, and a later call goes on there).
+    Raises ValueError if no hook matches, `texts` is one text or a mapping, a text is no text or lacks a position, a
+    batch would not fit in memory, `out` holds something else or cannot be written (a full disk: what was finished
+    stays, and a later call goes on there).
     """
+    _check_texts(texts)
     _check_options(batch_size, max_tokens, dtype, shard_bytes)
     chosen = _chosen_hooks(model, hooks, layers)
     description = {
@@ -98,6 +100,16 @@ def collect_activations(
         writer.write(part)
         writer.finish()
     return ActivationDataset(out)
+
+
+def _check_texts(texts: object) -> None:
+    """Raises ValueError for what gives letters or the names of splits, and not texts, one after the other."""
+    if isinstance(texts, str | bytes):
+        raise ValueError(f"texts is one text, {texts!r:.60}: pass a list of texts, [text] for one")
+    if isinstance(texts, Mapping):
+        raise ValueError(f"texts is a mapping of {list(texts)}: pass one of these, or a list of mappings for rows")
+    if not isinstance(texts, Iterable):
+        raise ValueError(f"texts must be an iterable of texts, got {type(texts).__name__}")
 
 
 def _check_options(batch_size: int, max_tokens: int | None, dtype: torch.dtype | None, shard_bytes: int) -> None:

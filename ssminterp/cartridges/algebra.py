@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -37,8 +38,8 @@ def average(states: Sequence[ModelState], weights: Sequence[float] | None = None
         raise ValueError("no states were given: the list is empty")
     check_alike(states[0], *states)
     shares = [1.0] * len(states) if weights is None else [float(w) for w in weights]
-    if len(shares) != len(states) or sum(shares) == 0:
-        raise ValueError(f"{len(states)} states need as many weights, whose sum is not 0; got {weights}")
+    if len(shares) != len(states) or sum(shares) == 0 or not math.isfinite(sum(shares)):
+        raise ValueError(f"{len(states)} states need as many finite weights, whose sum is not 0; got {weights}")
     shares = [share / sum(shares) for share in shares]
     conv = _weighted([state.conv for state in states], shares)
     ssm = _weighted([state.ssm for state in states], shares)

@@ -54,6 +54,8 @@ def read_description(path: str | Path) -> dict[str, Any]:
 
     Raises ValueError as `read_state_file` does.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it, or open it as a CartridgeLibrary")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -409,6 +409,9 @@ def test_a_shard_of_the_right_size_that_is_none(tmp_path: Path) -> None:
             {"positions": [0, 5]},
             r"text 1 \('John sat'\): positions \[5\] are out of range.*A slice takes what there is",
         ),
+        ({"texts": "the cat"}, r"texts is one text, 'the cat': pass a list"),
+        ({"texts": {"train": ["the cat"]}}, r"texts is a mapping of \['train'\]: pass one of these"),
+        ({"texts": None}, "texts must be an iterable of texts, got NoneType"),
         ({"texts": ["the cat", 3]}, "text 1: it must be a string"),
         ({"texts": [{"body": "the cat"}]}, r"text 0: there is no 'text' in it, but \['body'\]"),
         ({"texts": ["the zebra"]}, "text 0: words out of the tokenizer's vocabulary"),
@@ -437,6 +440,8 @@ def test_a_hugging_face_dataset(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"text": TEXTS})
     check_rows(collect(tmp_path / "whole", rows))
     check_rows(collect(tmp_path / "stream", rows.to_iterable_dataset()))
+    with pytest.raises(ValueError, match=r"texts is a mapping of \['train'\]"):
+        collect(tmp_path / "splits", datasets.DatasetDict({"train": rows}))
     renamed = rows.rename_column("text", "body")
     check_rows(collect(tmp_path / "renamed", renamed, text_field="body"))
 

@@ -103,7 +103,8 @@ def test_a_swapped_layer_is_the_only_one_apart() -> None:
     ("ask", "message"),
     [
         (lambda: average([]), "the list is empty"),
-        (lambda: average([A, B], [1.0]), "need as many weights"),
+        (lambda: average([A, B], [1.0]), "need as many finite weights"),
+        (lambda: interpolate(A, B, float("nan")), "need as many finite weights"),
         (lambda: average([A, B], [1.0, -1.0]), "whose sum is not 0"),
         (lambda: average([A, B[0]]), "batches of 2 and 1"),
         (lambda: interpolate(A, hooked(seed=1).read(QUESTION), 0.5), "the states are of two models"),

@@ -81,6 +81,8 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         ModelState.load(path)
     with pytest.raises(ValueError, match="cannot be read as a state"):
         ModelState.load(tmp_path / "nowhere.safetensors")
+    with pytest.raises(ValueError, match="is a folder"):
+        ModelState.load(tmp_path)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions as Unix has them")
