@@ -3,7 +3,7 @@
     python benchmarks/end_to_end.py                 # mamba-370m's shape on the GPU, about a minute on an H200
     python benchmarks/end_to_end.py --device cpu    # mamba-130m's shape, small inputs
 
-Random weights; medians of repeated, interleaved runs, by the clock, with the device waited for. "Without its scan" is
+Random weights, no TF32; medians of repeated, interleaved runs, by the clock, with the device waited for. "Without its scan" is
 the same code where the scan returns its input. Decoding is the difference between generating many tokens and one,
 greedily, with the cache. Launches are those of the device's kernels, per layer. Prints tables and writes
 results/end_to_end_cuda.json or _cpu.json.
@@ -169,6 +169,7 @@ def main() -> None:
         print("benchmarks/end_to_end.py wants a CUDA device, and there is none: pass --device cpu")
         return
     transformers.logging.set_verbosity_error()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     shape, inputs = FORWARD[device]
     names, batches, n_tokens = DECODING[device]
     started = time.perf_counter()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,6 +25,18 @@ def probe_tokens(hf_model: PreTrainedModel) -> Tensor:
     return tokens.to(input_device(hf_model))
 
 
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """Without TF32. cuDNN's convolutions use it unless told not to, and put plain logits 3e-3 away from float32's."""
+    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    allowed = cudnn.allow_tf32, cublas.allow_tf32
+    try:
+        cudnn.allow_tf32 = cublas.allow_tf32 = False
+        yield
+    finally:
+        cudnn.allow_tf32, cublas.allow_tf32 = allowed
+
+
 @torch.no_grad()
 def logits_of(hf_model: PreTrainedModel) -> Tensor:
     """The probe's logits in eval mode, whatever mode the model is in."""
@@ -30,7 +45,8 @@ def logits_of(hf_model: PreTrainedModel) -> Tensor:
     try:
         # The plain mixers warn that they lack kernels which nothing after this check would use.
         logging.set_verbosity_error()
-        return hf_model.eval()(probe_tokens(hf_model), use_cache=False).logits
+        with whole_float32():
+            return hf_model.eval()(probe_tokens(hf_model), use_cache=False).logits
     finally:
         logging.set_verbosity(verbosity)
         for module, training in modes.items():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny_models import FAMILIES, VOCAB, hooked_pair, random_tokens, tiny_model
 
 from ssminterp import HookedMamba, ablate
+from ssminterp.models.verify import whole_float32
 
 configs = st.fixed_dictionaries(
     {
@@ -111,3 +112,18 @@ def test_one_sequence_is_a_batch_of_one() -> None:
     tokens = random_tokens(1, 7)
     assert model(tokens[0]).shape == (1, 7, VOCAB)
     assert torch.equal(model(tokens[0]), model(tokens))
+
+
+def test_the_check_at_load_time_leaves_the_users_precision_alone() -> None:
+    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cublas.allow_tf32
+    try:
+        for allowed in (True, False):
+            cudnn.allow_tf32 = cublas.allow_tf32 = allowed
+            with whole_float32():
+                assert not cudnn.allow_tf32 and not cublas.allow_tf32
+            with pytest.raises(KeyError), whole_float32():
+                raise KeyError
+            assert cudnn.allow_tf32 is cublas.allow_tf32 is allowed
+    finally:
+        cudnn.allow_tf32, cublas.allow_tf32 = before

@@ -7,9 +7,13 @@ With g_t = dLoss/dstate_t (the adjoint), the scan runs backwards in time:
     dΔ_t = Σ_n g_t A_bar_t state_{t-1} A + x_t Σ_n g_t B_t,  dA = Σ_t g_t A_bar_t state_{t-1} Δ_t
 
 A segment is replayed forward once, leaving the state before every block of BLOCK_T positions in scratch; then the
-blocks are taken last to first: a block's states are replayed into registers and walked backwards. Sums over d_inner
+blocks are taken last to first: a block's states are replayed into shared memory and walked backwards. Sums over d_inner
 (dB, dC) and over batch and time (dA, dD, dbias) are written as partial sums per program and added up in a fixed order,
 so that the result does not depend on scheduling.
+
+A program is one warp. A thread holds the d_state values of one channel (16 at most), so that rows of x, delta, z and dy
+are used by the lanes that load them, and sums over d_state stay in the thread; what sums over channels is put into
+shared memory and read across at a block's end.
 """
 
 from __future__ import annotations
@@ -19,78 +23,125 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+from ssminterp_kernels.selective_scan.triton_layouts import (
+    channel_numbers,
+    full_row,
+    full_tile,
+    jit,
+    position_numbers,
+    put,
+    row_state_numbers,
+    shared_rows,
+    shared_tiles,
+    shared_values,
+    state_numbers,
+    state_numbers_across,
+    sum_over_states,
+    take_row,
+    take_tile,
+    take_value,
+)
 from ssminterp_kernels.selective_scan.triton_math import (
     LN2,
-    advance,
-    any_between,
-    channel_rows,
-    count_before,
-    load_A2,
-    load_channels,
+    LOG2E,
+    NEVER,
     load_masked,
-    load_tile,
-    position_or_never,
-    program_place,
     sigmoid,
     step_size,
     store_masked,
-    store_state,
-    tile,
-    touch_weights,
-    use_touched,
-    weight_rows,
-    with_state_gradient,
 )
 
 
-@triton.jit
+@jit
 @no_type_check
-def _load_inputs(x_rows, delta_rows, t0, begin, end, there, POS: tl.constexpr, COUNT: tl.constexpr, MASK: tl.constexpr):
-    """x and delta at COUNT positions from t0 on, as a flat tuple; before begin those of begin, from end on zeros."""
+def _tile_at(tensor, batch, i, d, n):
+    """Pointers [BLOCK_D, BLOCK_N] to item i of a tensor [batch, i, d_inner, d_state]."""
+    item = tensor[0] + batch * tensor[1] + tl.cast(i, tl.int64) * tensor[2]
+    return item + (d[:, None] * tensor[3] + n[None, :] * tensor[4])
+
+
+@jit
+@no_type_check
+def _load_tile(tensor, batch, i, d, n, mask):
+    return tl.load(_tile_at(tensor, batch, i, d, n), mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+@no_type_check
+def _load_row(tensor, d, there, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
+    """One float32 number per channel (D, the bias of delta), zeros if there is no such tensor."""
+    if tensor is None:
+        values = full_row(0.0, BLOCK_D, TILE)
+    else:
+        values = tl.load(tensor[0] + d * tensor[1], mask=there, other=0.0).to(tl.float32)
+    return values
+
+
+@jit
+@no_type_check
+def _load_rows(
+    tensor, start, lane, t0, begin, end, there, stride: tl.constexpr, COUNT: tl.constexpr, MASK: tl.constexpr
+):
+    """[BLOCK_D] at COUNT positions from t0 on; before begin those of begin, from end on zeros. Zeros if None.
+
+    start: this program's place in the tensor. A scalar and the lanes' offsets take fewer registers than pointers.
+    """
     at = tl.maximum(t0, begin)
     if not MASK:
         at = tl.minimum(at, end - COUNT)
-    x_at = x_rows + at.to(tl.int64) * POS[0]
-    delta_at = delta_rows + at.to(tl.int64) * POS[1]
     rows = ()
     for u in tl.static_range(COUNT):
-        mask = there & (at + u < end)
-        rows = rows + (load_masked(x_at + u * POS[0], mask, MASK),)
-        rows = rows + (load_masked(delta_at + u * POS[1], mask, MASK),)
-    return rows
-
-
-@triton.jit
-@no_type_check
-def _load_gates(z_rows, dy_rows, z, t0, begin, end, there, POS: tl.constexpr, COUNT: tl.constexpr, MASK: tl.constexpr):
-    """z (zeros if there is none) and dy, as `_load_inputs`."""
-    at = tl.maximum(t0, begin)
-    z_at = z_rows + at.to(tl.int64) * POS[2]
-    dy_at = dy_rows + at.to(tl.int64) * POS[5]
-    rows = ()
-    for u in tl.static_range(COUNT):
-        mask = there & (at + u < end)
-        if z is None:
+        if tensor is None:
             rows = rows + (0.0,)
         else:
-            rows = rows + (load_masked(z_at + u * POS[2], mask, MASK),)
-        rows = rows + (load_masked(dy_at + u * POS[5], mask, MASK),)
+            place = start + at.to(tl.int64) * stride
+            rows = rows + (load_masked(place + (lane * tensor[3] + u * stride), there & (at + u < end), MASK),)
     return rows
 
 
-@triton.jit
+@jit
 @no_type_check
-def _edited(state, t, edits_here, edits, keep, add, batch, d, n, tile_there, zero):
-    """The state after the edit at t, if there is one."""
-    if edits is not None:
-        edit = count_before(edits_here, edits[2], t)
-        if position_or_never(edits_here, edit, edits[2]) == t:
-            state = state * load_tile(keep, batch, edit, d, n, tile_there, zero)
-            state += load_tile(add, batch, edit, d, n, tile_there, zero)
-    return state
+def _start(tensor, batch, d0):
+    """Pointer to position 0 and channel d0 of a tensor [batch, pos, d_inner]."""
+    return tensor[0] + (batch * tensor[1] + d0 * tensor[3])
 
 
-@triton.jit(do_not_specialize=["length", "chunk_length", "n_chunks", "n_blocks", "group_size", "zero"])
+@jit
+@no_type_check
+def _load_weights(rows_at, t0, begin, end, u, there, stride: tl.constexpr, COUNT: tl.constexpr, MASK: tl.constexpr):
+    """B or C [COUNT, BLOCK_N] at positions from t0 on, as `_load_inputs`; u numbers them, MASK also: d_state < BLOCK_N."""
+    at = tl.maximum(t0, begin)
+    if not MASK:
+        at = tl.minimum(at, end - COUNT)
+    mask = there[None, :] & (at + u < end)[:, None]
+    return load_masked(rows_at + (at + u).to(tl.int64)[:, None] * stride, mask, MASK)
+
+
+@jit
+@no_type_check
+def _count_before(positions, n_positions, t):
+    """How many of the ascending positions come before t."""
+    low = tl.cast(0, tl.int32)
+    high = tl.cast(n_positions, tl.int32)
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(positions + middle) < t:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@jit
+@no_type_check
+def _position_or_never(positions, i, n_positions):
+    position = tl.cast(NEVER, tl.int64)
+    if (i >= 0) & (i < n_positions):
+        position = tl.load(positions + i)
+    return position
+
+
+@jit(do_not_specialize=["length", "chunk_length", "n_chunks", "n_blocks", "group_size", "zero"])
 @no_type_check
 def scan_backward_kernel(
     x,
@@ -134,6 +185,12 @@ def scan_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    TILE: tl.constexpr,
+    ACROSS: tl.constexpr,
+    ROWS: tl.constexpr,
+    STATES: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    VALUES: tl.constexpr,
 ):
     """One program: one batch element, one chunk, BLOCK_D channels of one group.
 
@@ -142,172 +199,232 @@ def scan_backward_kernel(
     dy: [batch, pos, d_inner]; dstates: [batch, n_recorded, d_inner, d_state] or None.
     dweights: [2 (B, C), batch, pos, n_blocks, d_state]; dchannels: [batch, n_chunks, (d_state + 2) × d_inner] (A, D,
     bias); dkeep, dadd: [batch, n_edits, d_inner, d_state]; dstart: [batch, 1, d_inner, d_state].
-    scratch: (pointer to [programs, SEGMENT / BLOCK_T, BLOCK_N, BLOCK_D],). POS: the strides of the position axes of x,
+    scratch: (pointer to [programs, SEGMENT / BLOCK_T, BLOCK_D, BLOCK_N],). POS: the strides of the position axes of x,
     delta, z, B, C, dy, dx, ddelta, dz and dweights. MASK: some block of BLOCK_T positions or BLOCK_D channels is not
-    full; MASK_N: d_state is less than BLOCK_N.
+    full; MASK_N: d_state is less than BLOCK_N. TILE and what follows: see `Layouts`.
 
     Positions are 32-bit numbers, because pairs of registers for them and their masks cost a twentieth of the time.
     """
-    batch, chunk, block, group, d, there = program_place(n_blocks, n_chunks, group_size, BLOCK_D)
-    n = tl.arange(0, BLOCK_N)
-    n_there = n < d_state
-    tile_there = n_there[:, None] & there[None, :]
-    A2 = load_A2(A, d, n, tile_there, zero)
-    bias_row = load_channels(bias, d, there)
-    D_row = load_channels(D, d, there)
-    x_rows = channel_rows(x, batch, d)
-    delta_rows = channel_rows(delta, batch, d)
-    z_rows = x_rows if z is None else channel_rows(z, batch, d)
-    dy_rows = channel_rows(dy, batch, d)
-    dx_rows = channel_rows(dx, batch, d)
-    ddelta_rows = channel_rows(ddelta, batch, d)
-    dz_rows = x_rows if z is None else channel_rows(dz, batch, d)
-    B_rows = weight_rows(B, batch, group, n)
-    C_rows = weight_rows(C, batch, group, n)
-    dB_rows = dweights[0] + ((batch * length) * n_blocks + block) * d_state + n
+    pid = tl.program_id(0)
+    block = pid % n_blocks
+    chunk = (pid // n_blocks) % n_chunks
+    batch = (pid // n_blocks // n_chunks).to(tl.int64)
+    blocks_per_group = (group_size + BLOCK_D - 1) // BLOCK_D
+    group = block // blocks_per_group
+    lane = channel_numbers(BLOCK_D, TILE)
+    in_group = (block % blocks_per_group) * BLOCK_D + lane
+    d0 = (group * group_size + (block % blocks_per_group) * BLOCK_D).to(tl.int64)
+    d = d0 + lane
+    there = in_group < group_size
+    n = state_numbers(BLOCK_N, TILE)
+    tile_there = there[:, None] & (n < d_state)[None, :]
+    A2 = tl.load(A[0] + (d[:, None] * A[1] + n[None, :] * A[2]), mask=tile_there, other=0.0).to(tl.float32) * LOG2E
+    x_start = _start(x, batch, d0)
+    delta_start = _start(delta, batch, d0)
+    z_start = x_start if z is None else _start(z, batch, d0)
+    dy_start = _start(dy, batch, d0)
+    dx_start = _start(dx, batch, d0)
+    ddelta_start = _start(ddelta, batch, d0)
+    dz_start = x_start if z is None else _start(dz, batch, d0)
+    row_u = position_numbers(BLOCK_T, ROWS)
+    row_n = row_state_numbers(BLOCK_N, ROWS)
+    row_there = row_n < d_state
+    B_rows = B[0] + batch * B[1] + group * B[3] + row_n[None, :] * B[4]
+    C_rows = C[0] + batch * C[1] + group * C[3] + row_n[None, :] * C[4]
+    n_across = state_numbers_across(BLOCK_N, ACROSS)
+    across_there = n_across < d_state
+    dB_rows = dweights[0] + ((batch * length) * n_blocks + block) * d_state + n_across
     dC_rows = dB_rows + (tl.num_programs(0) // n_blocks // n_chunks).to(tl.int64) * length * n_blocks * d_state
-    # Aligned scratch (no `zero`) lets the compiler give a thread 4 × 4 states: sums over channels need fewer shuffles.
-    own_scratch = tile(
-        scratch[0] + tl.program_id(0).to(tl.int64) * (SEGMENT // BLOCK_T) * BLOCK_N * BLOCK_D,
-        *(tl.arange(0, BLOCK_D), 1, n, BLOCK_D, 0),
-    )
-    edits_here = x_rows
+    own_scratch = scratch[0] + pid.to(tl.int64) * (SEGMENT // BLOCK_T) * BLOCK_N * BLOCK_D
+    scratch_tile = lane[:, None] * BLOCK_N + n[None, :]
+    history = shared_tiles(BLOCK_T, BLOCK_D, BLOCK_N, STATES)
+    products = shared_tiles(2, BLOCK_D, BLOCK_N, STATES)
+    values = shared_values(5 * BLOCK_T + 2, BLOCK_D, VALUES)
+    put(values[5 * BLOCK_T], _load_row(bias, d, there, BLOCK_D, TILE))
+    put(values[5 * BLOCK_T + 1], _load_row(D, d, there, BLOCK_D, TILE))
+    B_shared = shared_rows(BLOCK_T, BLOCK_N, WEIGHTS)
+    C_shared = shared_rows(BLOCK_T, BLOCK_N, WEIGHTS)
+    # A number that the compiler does not know keeps it from holding BLOCK_T tiles of A_bar in registers.
+    unknown_zero = zero.to(tl.float32)
+    edits_here = None
     if edits is not None:
         edits_here = edits[0] + batch * edits[1]
 
-    carry = load_tile(future, batch, chunk, d, n, tile_there, zero)
-    dA = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dD = tl.zeros((BLOCK_D,), tl.float32)
-    dbias = tl.zeros((BLOCK_D,), tl.float32)
+    carry = _load_tile(future, batch, chunk, d, n, tile_there)
+    dA = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
+    dD = full_row(0.0, BLOCK_D, TILE)
+    dbias = full_row(0.0, BLOCK_D, TILE)
     first = (chunk * chunk_length).to(tl.int32)
     stop = tl.minimum(first + chunk_length, length).to(tl.int32)
-    touched = tl.zeros((32,), tl.float32)
-    for back in tl.range(0, tl.cdiv(stop - first, SEGMENT)):
-        begin = first + (tl.cdiv(stop - first, SEGMENT) - 1 - back) * SEGMENT
+    record = tl.cast(0, tl.int32)
+    if dstates is not None:
+        if recorded is not None:
+            record = _count_before(recorded[0], recorded[1], stop) - 1
+    n_segments = (stop - first + SEGMENT - 1) // SEGMENT
+    for back in range(0, n_segments):
+        begin = first + (n_segments - 1 - back) * SEGMENT
         end = tl.minimum(begin + SEGMENT, stop)
-        n_pieces = tl.cdiv(end - begin, BLOCK_T)
+        n_pieces = (end - begin + BLOCK_T - 1) // BLOCK_T
         if boundaries is None:
-            state = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+            state = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
         else:
-            state = load_tile(boundaries, batch, begin // SEGMENT, d, n, tile_there, zero)
-        tl.store(own_scratch, state)
-        inputs = _load_inputs(x_rows, delta_rows, begin, begin, end, there, POS, BLOCK_T, MASK)
-        for piece in tl.range(1, n_pieces):
+            state = _load_tile(boundaries, batch, begin // SEGMENT, d, n, tile_there)
+        tl.store(own_scratch + scratch_tile, state)
+        x_next = _load_rows(x, x_start, lane, begin, begin, end, there, POS[0], BLOCK_T, MASK)
+        delta_next = _load_rows(delta, delta_start, lane, begin, begin, end, there, POS[1], BLOCK_T, MASK)
+        B_block = _load_weights(B_rows, begin, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
+        for piece in range(1, n_pieces):
             t0 = begin + (piece - 1) * BLOCK_T
-            here = inputs
-            inputs = _load_inputs(x_rows, delta_rows, t0 + BLOCK_T, begin, end, there, POS, BLOCK_T, MASK)
-            touched += touch_weights(B, batch, group, d_state, t0 + BLOCK_T, end, POS[3], BLOCK_T)
-            touched += touch_weights(C, batch, group, d_state, t0 + BLOCK_T, end, POS[4], BLOCK_T)
-            edited = False
+            x_here = x_next
+            delta_here = delta_next
+            put(B_shared, B_block.to(tl.float32))
+            x_next = _load_rows(x, x_start, lane, t0 + BLOCK_T, begin, end, there, POS[0], BLOCK_T, MASK)
+            delta_next = _load_rows(delta, delta_start, lane, t0 + BLOCK_T, begin, end, there, POS[1], BLOCK_T, MASK)
+            B_block = _load_weights(
+                B_rows, t0 + BLOCK_T, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N
+            )
+            edit = tl.cast(0, tl.int32)
             if edits is not None:
-                edited = any_between(edits_here, edits[2], t0, t0 + BLOCK_T)
-            B_at = B_rows + t0.to(tl.int64) * POS[3]
+                edit = _count_before(edits_here, edits[2], t0)
+            bias_row = take_value(values[5 * BLOCK_T], TILE)
             for u in tl.static_range(BLOCK_T):
-                step = step_size(here[2 * u + 1], bias_row, SOFTPLUS)
-                B_row = load_masked(B_at + u * POS[3], n_there, MASK_N).to(tl.float32)
-                state = advance(state, A2, step, here[2 * u], B_row)
+                step = step_size(delta_here[u], bias_row, SOFTPLUS)
+                B_row = take_row(B_shared, u, TILE)
+                state = tl.exp2(step[:, None] * A2) * state
+                state += (step * x_here[u].to(tl.float32))[:, None] * B_row
                 if edits is not None:
-                    if edited:
-                        state = _edited(state, t0 + u, edits_here, edits, keep, add, batch, d, n, tile_there, zero)
-            tl.store(own_scratch + piece * BLOCK_N * BLOCK_D, state)
-        tl.debug_barrier()
+                    if _position_or_never(edits_here, edit, edits[2]) == t0 + u:
+                        state = state * _load_tile(keep, batch, edit, d, n, tile_there)
+                        state += _load_tile(add, batch, edit, d, n, tile_there)
+                        edit += 1
+            tl.store(own_scratch + piece * BLOCK_N * BLOCK_D + scratch_tile, state)
 
-        gates = _load_gates(z_rows, dy_rows, z, begin + (n_pieces - 1) * BLOCK_T, begin, end, there, POS, BLOCK_T, MASK)
-        for later in tl.range(0, n_pieces):
+        t0 = begin + (n_pieces - 1) * BLOCK_T
+        z_next = _load_rows(z, z_start, lane, t0, begin, end, there, POS[2], BLOCK_T, MASK)
+        dy_next = _load_rows(dy, dy_start, lane, t0, begin, end, there, POS[5], BLOCK_T, MASK)
+        C_block = _load_weights(C_rows, t0, begin, end, row_u, row_there, POS[4], BLOCK_T, MASK or MASK_N)
+        for later in range(0, n_pieces):
             piece = n_pieces - 1 - later
             t0 = begin + piece * BLOCK_T
-            here = inputs
-            gates_here = gates
-            before = tl.load(own_scratch + piece * BLOCK_N * BLOCK_D)
-            inputs = _load_inputs(x_rows, delta_rows, t0 - BLOCK_T, begin, end, there, POS, BLOCK_T, MASK)
-            gates = _load_gates(z_rows, dy_rows, z, t0 - BLOCK_T, begin, end, there, POS, BLOCK_T, MASK)
-            edited = False
+            x_here = x_next
+            delta_here = delta_next
+            for u in tl.static_range(BLOCK_T):
+                put(values[u], x_next[u].to(tl.float32))
+                put(values[BLOCK_T + u], delta_next[u].to(tl.float32))
+                put(values[2 * BLOCK_T + u], dy_next[u].to(tl.float32))
+                if z is not None:
+                    put(values[3 * BLOCK_T + u], z_next[u].to(tl.float32))
+            put(B_shared, B_block.to(tl.float32))
+            put(C_shared, C_block.to(tl.float32))
+            before = tl.load(own_scratch + piece * BLOCK_N * BLOCK_D + scratch_tile)
+            x_next = _load_rows(x, x_start, lane, t0 - BLOCK_T, begin, end, there, POS[0], BLOCK_T, MASK)
+            delta_next = _load_rows(delta, delta_start, lane, t0 - BLOCK_T, begin, end, there, POS[1], BLOCK_T, MASK)
+            z_next = _load_rows(z, z_start, lane, t0 - BLOCK_T, begin, end, there, POS[2], BLOCK_T, MASK)
+            dy_next = _load_rows(dy, dy_start, lane, t0 - BLOCK_T, begin, end, there, POS[5], BLOCK_T, MASK)
+            B_block = _load_weights(
+                B_rows, t0 - BLOCK_T, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N
+            )
+            C_block = _load_weights(
+                C_rows, t0 - BLOCK_T, begin, end, row_u, row_there, POS[4], BLOCK_T, MASK or MASK_N
+            )
+            edit = tl.cast(0, tl.int32)
             if edits is not None:
-                edited = any_between(edits_here, edits[2], t0, t0 + BLOCK_T)
-            B_at = B_rows + t0.to(tl.int64) * POS[3]
-            C_at = C_rows + t0.to(tl.int64) * POS[4]
-            dB_at = dB_rows + t0.to(tl.int64) * POS[9]
-            dC_at = dC_rows + t0.to(tl.int64) * POS[9]
-            history = (before,)
+                edit = _count_before(edits_here, edits[2], t0)
+            bias_row = take_value(values[5 * BLOCK_T], TILE)
             steps = ()
             for u in tl.static_range(BLOCK_T):
-                step = step_size(here[2 * u + 1], bias_row, SOFTPLUS)
+                step = step_size(delta_here[u], bias_row, SOFTPLUS)
                 if MASK:
                     step = tl.where(t0 + u < end, step, 0.0)
-                weight_mask = n_there & (t0 + u < end)
-                B_row = load_masked(B_at + u * POS[3], weight_mask, MASK or MASK_N).to(tl.float32)
-                state = advance(history[u], A2, step, here[2 * u], B_row)
-                if edits is not None:
-                    if edited:
-                        state = _edited(state, t0 + u, edits_here, edits, keep, add, batch, d, n, tile_there, zero)
-                history = history + (state,)
+                put(values[4 * BLOCK_T + u], step)
                 steps = steps + (step,)
-            dx_out = ()
-            ddelta_out = ()
-            dz_out = ()
+            state = before
+            for u in tl.static_range(BLOCK_T):
+                step = steps[u]
+                B_row = take_row(B_shared, u, TILE)
+                state = tl.exp2(step[:, None] * A2) * state
+                state += (step * x_here[u].to(tl.float32))[:, None] * B_row
+                if edits is not None:
+                    if _position_or_never(edits_here, edit, edits[2]) == t0 + u:
+                        state = state * _load_tile(keep, batch, edit, d, n, tile_there)
+                        state += _load_tile(add, batch, edit, d, n, tile_there)
+                        edit += 1
+                if u < BLOCK_T - 1:
+                    put(history[u], state)
+            dB_at = dB_rows + t0.to(tl.int64) * POS[9]
+            dC_at = dC_rows + t0.to(tl.int64) * POS[9]
+            dx_at = dx_start + t0.to(tl.int64) * POS[6]
+            ddelta_at = ddelta_start + t0.to(tl.int64) * POS[7]
+            dz_at = dz_start + t0.to(tl.int64) * POS[8]
             for u in tl.static_range(BLOCK_T - 1, -1, -1):
                 t = t0 + u
-                weight_mask = n_there & (t < end)
-                x_row = here[2 * u].to(tl.float32)
-                step = steps[u]
-                B_row = load_masked(B_at + u * POS[3], weight_mask, MASK or MASK_N).to(tl.float32)
-                C_row = load_masked(C_at + u * POS[4], weight_mask, MASK or MASK_N).to(tl.float32)
-                dy_row = gates_here[2 * u + 1].to(tl.float32)
+                mask = there & (t < end)
+                previous = before
+                if u > 0:
+                    previous = take_tile(history[u - 1], TILE)
+                x_row = take_value(values[u], TILE)
+                D_row = take_value(values[5 * BLOCK_T + 1], TILE)
+                step = take_value(values[4 * BLOCK_T + u], TILE)
+                B_row = take_row(B_shared, u, TILE)
+                C_row = take_row(C_shared, u, TILE)
+                dy_row = take_value(values[2 * BLOCK_T + u], TILE)
                 if z is not None:
-                    gate = gates_here[2 * u].to(tl.float32)
+                    gate = take_value(values[3 * BLOCK_T + u], TILE)
                     open_ = sigmoid(gate)
-                    y_row = tl.sum(history[u + 1] * C_row[:, None], 0) + D_row * x_row
-                    dz_out = dz_out + (dy_row * y_row * open_ * (1.0 + gate * (1.0 - open_)),)
+                    y_row = sum_over_states(state * C_row, BLOCK_D, BLOCK_N, TILE) + D_row * x_row
+                    store_masked(
+                        dz_at + (lane * dz[3] + u * POS[8]), dy_row * y_row * open_ * (1.0 + gate * (1.0 - open_)), mask, MASK
+                    )
                     dy_row *= gate * open_
-                adjoint = carry + C_row[:, None] * dy_row[None, :]
-                adjoint = with_state_gradient(adjoint, t, recorded, dstates, batch, d, n, tile_there & (t < end), zero)
-                store_masked(
-                    dC_at + u * POS[9], tl.sum(history[u + 1] * dy_row[None, :], 1), weight_mask, MASK or MASK_N
-                )
-                A_bar = tl.exp2(step[None, :] * A2)
+                # This position's state has been read: its place takes what dC sums over channels.
+                put(history[u], state * dy_row[:, None])
+                adjoint = carry + C_row * dy_row[:, None]
+                if dstates is not None:
+                    if recorded is None:
+                        adjoint += _load_tile(dstates, batch, t, d, n, tile_there & (t < end))
+                    else:
+                        if _position_or_never(recorded[0], record, recorded[1]) == t:
+                            adjoint += _load_tile(dstates, batch, record, d, n, tile_there)
+                            record -= 1
+                A_bar = tl.exp2((step + unknown_zero)[:, None] * A2)
                 if edits is not None:
-                    if edited:
-                        edit = count_before(edits_here, edits[2], t)
-                        if position_or_never(edits_here, edit, edits[2]) == t:
-                            unedited = A_bar * history[u] + (step * x_row)[None, :] * B_row[:, None]
-                            store_state(dadd, batch, edit, d, n, adjoint, tile_there)
-                            store_state(dkeep, batch, edit, d, n, adjoint * unedited, tile_there)
-                            adjoint *= load_tile(keep, batch, edit, d, n, tile_there, zero)
-                dB_row = tl.sum(adjoint * (step * x_row)[None, :], 1)
-                store_masked(dB_at + u * POS[9], dB_row, weight_mask, MASK or MASK_N)
-                through_B = tl.sum(adjoint * B_row[:, None], 0)
+                    if _position_or_never(edits_here, edit - 1, edits[2]) == t:
+                        edit -= 1
+                        unedited = A_bar * previous + (step * x_row)[:, None] * B_row
+                        tl.store(_tile_at(dadd, batch, edit, d, n), adjoint, mask=tile_there)
+                        tl.store(_tile_at(dkeep, batch, edit, d, n), adjoint * unedited, mask=tile_there)
+                        adjoint *= _load_tile(keep, batch, edit, d, n, tile_there)
+                put(products[u % 2], adjoint * (step * x_row)[:, None])
+                through_B = sum_over_states(adjoint * B_row, BLOCK_D, BLOCK_N, TILE)
                 carry = A_bar * adjoint
-                through_A = carry * history[u]
-                ddelta_row = tl.sum(through_A * A2, 0) * LN2 + x_row * through_B
-                dA += through_A * step[None, :]
+                through_A = carry * previous
+                ddelta_row = sum_over_states(through_A * A2, BLOCK_D, BLOCK_N, TILE) * LN2 + x_row * through_B
+                dA += through_A * step[:, None]
                 dD += dy_row * x_row
                 if SOFTPLUS:
-                    ddelta_row *= sigmoid(here[2 * u + 1].to(tl.float32) + bias_row)
+                    ddelta_row *= sigmoid(take_value(values[BLOCK_T + u], TILE) + take_value(values[5 * BLOCK_T], TILE))
                 if MASK:
                     ddelta_row = tl.where(t < end, ddelta_row, 0.0)
                 dbias += ddelta_row
-                ddelta_out = ddelta_out + (ddelta_row,)
-                dx_out = dx_out + (step * through_B + D_row * dy_row,)
-            dx_at = dx_rows + t0.to(tl.int64) * POS[6]
-            ddelta_at = ddelta_rows + t0.to(tl.int64) * POS[7]
-            dz_at = dz_rows + t0.to(tl.int64) * POS[8]
-            # Stored together, because no load moves ahead of a store that it might depend on.
-            for u in tl.static_range(BLOCK_T):
-                mask = there & (t0 + u < end)
-                store_masked(dx_at + u * POS[6], dx_out[BLOCK_T - 1 - u], mask, MASK)
-                store_masked(ddelta_at + u * POS[7], ddelta_out[BLOCK_T - 1 - u], mask, MASK)
-                if z is not None:
-                    store_masked(dz_at + u * POS[8], dz_out[BLOCK_T - 1 - u], mask, MASK)
-        tl.debug_barrier()
+                store_masked(ddelta_at + (lane * ddelta[3] + u * POS[7]), ddelta_row, mask, MASK)
+                store_masked(dx_at + (lane * dx[3] + u * POS[6]), step * through_B + D_row * dy_row, mask, MASK)
+                state = previous
+                # Two positions at once: one alone would wait for its sums, four would take too much shared memory.
+                if u % 2 == 0:
+                    for v in tl.static_range(2):
+                        across_mask = across_there & (t + v < end)
+                        dC_row = tl.sum(take_tile(history[u + v], ACROSS), 0)
+                        store_masked(dC_at + (u + v) * POS[9], dC_row, across_mask, MASK or MASK_N)
+                        dB_row = tl.sum(take_tile(products[v], ACROSS), 0)
+                        store_masked(dB_at + (u + v) * POS[9], dB_row, across_mask, MASK or MASK_N)
 
     channel_sums = dchannels[0] + (batch * n_chunks + chunk) * (d_state + 2) * d_inner
-    tl.store(channel_sums + d[None, :] * d_state + n[:, None], dA, mask=tile_there)
+    tl.store(channel_sums + d[:, None] * d_state + n[None, :], dA, mask=tile_there)
     tl.store(channel_sums + d_state * d_inner + d, dD, mask=there)
     tl.store(channel_sums + (d_state + 1) * d_inner + d, dbias, mask=there)
     if dstart is not None:
         if chunk == 0:
-            store_state(dstart, batch, 0, d, n, carry, tile_there)
-    use_touched(touched, scratch, zero)
+            tl.store(_tile_at(dstart, batch, 0, d, n), carry, mask=tile_there)
 
 
 @triton.jit(do_not_specialize=["parts"])

@@ -18,10 +18,12 @@ from ssminterp_kernels.selective_scan.triton_forward import (
     combine_chunks_kernel,
     scan_forward_kernel,
 )
+from ssminterp_kernels.selective_scan.triton_layouts import INTERPRETED, layouts_of
 from ssminterp_kernels.selective_scan.triton_math import NUMBER, TILE, WIDE
 from ssminterp_kernels.selective_scan.triton_plan import SEGMENT, Plan, plan_scan, processor_count
 
-BLOCK_T = 2  # positions whose states the backward pass holds in registers; more of them spill
+MAXNREG = 168
+BLOCK_T = 4  # positions whose states the backward pass holds in shared memory
 
 
 class ScanTensors(NamedTuple):
@@ -267,7 +269,9 @@ def scan_backward(
     dweights = new(2, batch, length, plan.n_blocks, d_state)
     dchannels = new(batch, plan.n_chunks, (d_state + 2) * d_inner)
     dstart = None if s.initial_state is None else new_states(s, batch)
-    scratch = new(plan.programs(batch), SEGMENT // BLOCK_T, plan.block_n, plan.block_d)
+    block_t = BLOCK_T if plan.block_n <= 32 else 2
+    layouts = layouts_of(plan.block_d, plan.block_n, block_t, plan.num_warps)
+    scratch = new(plan.programs(batch), SEGMENT // block_t, plan.block_d, plan.block_n)
     edits, keep, add, recorded = edit_table(s.edits), strided(s.keep), strided(s.add), position_table(s.recorded)
     tiles = {"BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "num_warps": plan.num_warps}
     future = strided_state(dfinal)
@@ -293,10 +297,12 @@ def scan_backward(
         POS=(*strides_of_pos(s.x, s.delta, s.z, s.B, s.C, dy, dx, ddelta, dz), plan.n_blocks * d_state),
         SOFTPLUS=s.softplus,
         SEGMENT=SEGMENT,
-        MASK=length % BLOCK_T != 0 or masks["MASK_D"],
+        MASK=length % block_t != 0 or masks["MASK_D"],
         MASK_N=masks["MASK_N"],
-        BLOCK_T=BLOCK_T,
+        BLOCK_T=block_t,
         **tiles,
+        **{name.upper(): layout for name, layout in layouts._asdict().items()},
+        **({} if INTERPRETED else {"maxnreg": MAXNREG}),
     )
     dBC = _sum_parts(dweights, 2 * batch * length * n_groups, plan.n_blocks // n_groups, d_state, s.B.dtype)
     dBC = dBC.view(2, batch, length, n_groups, d_state)
@@ -349,11 +355,12 @@ def futures_of_chunks(s: ScanTensors, plan: Plan, dy: Tensor, dstates: Tensor | 
     """dLoss/d(state after each chunk) from what comes after the chunk, [batch, n_chunks, d_inner, d_state]."""
     batch, length, _ = s.x.shape
     decays, futures = (new_states(s, batch, plan.n_chunks) for _ in range(2))
-    scan_adjoint_kernel[(plan.programs(batch),)](
+    options = _adjoint_options(s, plan, dy, length) | {"n_chunks": plan.n_chunks - 1}
+    scan_adjoint_kernel[(plan.programs(batch) - batch * plan.n_blocks,)](
         *(strided(s.delta), strided(s.z), strided(s.A), strided(s.C), strided(s.bias), edit_table(s.edits)),
         *(strided(s.keep), position_table(s.recorded), strided(dy), strided(dstates), None, None, None),
         *(strided(decays), strided(futures)),
-        **_adjoint_options(s, plan, dy, length),
+        **options,
     )
     _combine(decays, futures, dfinal, backward=True)
     return futures
@@ -363,6 +370,9 @@ def _sum_parts(parts: Tensor, rows: int, n_parts: int, width: int, dtype: torch.
     """[rows, n_parts, width], contiguous, summed over its middle axis in a fixed order."""
     out = torch.empty(rows, width, dtype=dtype, device=parts.device)
     block_w = min(128, 1 << (width - 1).bit_length())
+    # Few programs with long rows would each wait for memory many times over.
+    while block_w > 32 and rows * -(-width // block_w) < 8 * processor_count(parts.device):
+        block_w //= 2
     block_p = min(2048 // block_w, 1 << (n_parts - 1).bit_length())
     sum_parts_kernel[(rows, -(-width // block_w))](
         *(parts, out, n_parts, width), BLOCK_P=block_p, BLOCK_W=block_w, num_warps=1 if block_p * block_w < 1024 else 4
