@@ -3,9 +3,9 @@
     python benchmarks/end_to_end.py                 # mamba-370m's shape on the GPU, about a minute on an H200
     python benchmarks/end_to_end.py --device cpu    # mamba-130m's shape, small inputs
 
-Random weights, no TF32; medians of repeated, interleaved runs, by the clock, with the device waited for. "Without its scan" is
-the same code where the scan returns its input. Decoding is the difference between generating many tokens and one,
-greedily, with the cache. Launches are those of the device's kernels, per layer. Prints tables and writes
+Random weights, no TF32; medians of repeated, interleaved runs, by the clock, with the device waited for. "Without its
+scan" is the same code where the scan returns its input. Decoding is the difference between generating many tokens and
+one, greedily, with the cache. Launches are those of the device's kernels, per layer. Prints tables and writes
 results/end_to_end_cuda.json or _cpu.json.
 """
 

@@ -121,9 +121,9 @@ def test_the_check_at_load_time_leaves_the_users_precision_alone() -> None:
         for allowed in (True, False):
             cudnn.allow_tf32 = cublas.allow_tf32 = allowed
             with whole_float32():
-                assert not cudnn.allow_tf32 and not cublas.allow_tf32
+                assert (cudnn.allow_tf32, cublas.allow_tf32) == (False, False)
             with pytest.raises(KeyError), whole_float32():
                 raise KeyError
-            assert cudnn.allow_tf32 is cublas.allow_tf32 is allowed
+            assert (cudnn.allow_tf32, cublas.allow_tf32) == (allowed, allowed)
     finally:
         cudnn.allow_tf32, cublas.allow_tf32 = before

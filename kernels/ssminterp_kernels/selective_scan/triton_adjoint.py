@@ -81,10 +81,10 @@ def scan_adjoint_kernel(
 ):
     """One program: one batch element, one chunk, BLOCK_D channels of one group; see `scan_backward_kernel`.
 
-    If decays is given: future is None, and a chunk's effect on the adjoint after it goes to decays and locals_
-    [batch, chunks, d_inner, d_state], for all chunks but the first, which none precedes: n_chunks counts the others. Else dLoss/dstate_t goes to adjoints [batch, n_emitted, d_inner, d_state], at
-    emitted_positions (positions, n_emitted) or at all positions if that is None. POS: the strides of the position axes
-    of delta, dy, C and z.
+    If decays is given: future is None, and a chunk's effect on the adjoint after it goes to decays and locals_ [batch,
+    chunks, d_inner, d_state], for all chunks but the first, which none precedes: n_chunks counts the others. Else
+    dLoss/dstate_t goes to adjoints [batch, n_emitted, d_inner, d_state], at emitted_positions (positions, n_emitted) or
+    at all positions if that is None. POS: the strides of the position axes of delta, dy, C and z.
     """
     batch, chunk, _block, group, d, there = program_place(n_blocks, n_chunks, group_size, BLOCK_D)
     if decays is not None:

@@ -109,7 +109,7 @@ def _start(tensor, batch, d0):
 @jit
 @no_type_check
 def _load_weights(rows_at, t0, begin, end, u, there, stride: tl.constexpr, COUNT: tl.constexpr, MASK: tl.constexpr):
-    """B or C [COUNT, BLOCK_N] at positions from t0 on, as `_load_inputs`; u numbers them, MASK also: d_state < BLOCK_N."""
+    """B or C [COUNT, BLOCK_N] at positions from t0 on, as `_load_rows`; u numbers them, MASK also: d_state < BLOCK_N."""
     at = tl.maximum(t0, begin)
     if not MASK:
         at = tl.minimum(at, end - COUNT)
@@ -280,9 +280,7 @@ def scan_backward_kernel(
             put(B_shared, B_block.to(tl.float32))
             x_next = _load_rows(x, x_start, lane, t0 + BLOCK_T, begin, end, there, POS[0], BLOCK_T, MASK)
             delta_next = _load_rows(delta, delta_start, lane, t0 + BLOCK_T, begin, end, there, POS[1], BLOCK_T, MASK)
-            B_block = _load_weights(
-                B_rows, t0 + BLOCK_T, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N
-            )
+            B_block = _load_weights(B_rows, t0 + BLOCK_T, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
             edit = tl.cast(0, tl.int32)
             if edits is not None:
                 edit = _count_before(edits_here, edits[2], t0)
@@ -321,12 +319,8 @@ def scan_backward_kernel(
             delta_next = _load_rows(delta, delta_start, lane, t0 - BLOCK_T, begin, end, there, POS[1], BLOCK_T, MASK)
             z_next = _load_rows(z, z_start, lane, t0 - BLOCK_T, begin, end, there, POS[2], BLOCK_T, MASK)
             dy_next = _load_rows(dy, dy_start, lane, t0 - BLOCK_T, begin, end, there, POS[5], BLOCK_T, MASK)
-            B_block = _load_weights(
-                B_rows, t0 - BLOCK_T, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N
-            )
-            C_block = _load_weights(
-                C_rows, t0 - BLOCK_T, begin, end, row_u, row_there, POS[4], BLOCK_T, MASK or MASK_N
-            )
+            B_block = _load_weights(B_rows, t0 - BLOCK_T, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
+            C_block = _load_weights(C_rows, t0 - BLOCK_T, begin, end, row_u, row_there, POS[4], BLOCK_T, MASK or MASK_N)
             edit = tl.cast(0, tl.int32)
             if edits is not None:
                 edit = _count_before(edits_here, edits[2], t0)
@@ -373,7 +367,10 @@ def scan_backward_kernel(
                     open_ = sigmoid(gate)
                     y_row = sum_over_states(state * C_row, BLOCK_D, BLOCK_N, TILE) + D_row * x_row
                     store_masked(
-                        dz_at + (lane * dz[3] + u * POS[8]), dy_row * y_row * open_ * (1.0 + gate * (1.0 - open_)), mask, MASK
+                        dz_at + (lane * dz[3] + u * POS[8]),
+                        dy_row * y_row * open_ * (1.0 + gate * (1.0 - open_)),
+                        mask,
+                        MASK,
                     )
                     dy_row *= gate * open_
                 # This position's state has been read: its place takes what dC sums over channels.

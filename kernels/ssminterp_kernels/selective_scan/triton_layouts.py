@@ -1,9 +1,9 @@
 """Which thread holds which elements of a tile, said to the compiler in Gluon.
 
 Gluon is Triton's language with explicit layouts and shared memory (triton.experimental.gluon). The backward scan needs
-both: left to itself the compiler moves every row of x or delta between lanes at every position, and keeps more states in
-registers than fit. Triton's interpreter knows no Gluon, so with TRITON_INTERPRET=1 the same kernels are plain Triton,
-layouts are None, and shared memory is a Python list.
+both: left to itself the compiler moves every row of x or delta between lanes at every position, and holds more states
+in registers than fit. Triton's interpreter knows no Gluon, so with TRITON_INTERPRET=1 the same kernels are plain
+Triton, layouts are None, and a place in shared memory is a Python list.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ INTERPRETED = bool(knobs.runtime.interpret)
 
 
 class Layouts(NamedTuple):
-    """TILE: states [channel, d_state] in registers; ACROSS: the same for sums over channels; ROWS: B, C [pos, d_state];
-    STATES, WEIGHTS, VALUES: tiles, rows of B or C and numbers per channel in shared memory. All None in the interpreter."""
+    """How tiles lie; all None in the interpreter.
+
+    In registers: tile, states [channel, d_state]; across, the same for sums over channels; rows, B or C [pos, d_state].
+    In shared memory: states, a tile; weights, rows of B or C; values, a number per channel.
+    """
 
     tile: Any
     across: Any
@@ -116,7 +119,9 @@ else:
         rows = gl.BlockedLayout([of_t, block_n // lanes], [32 // lanes, lanes], warps, [1, 0])
         # A channel's 16 states are 64 bytes; moving every second channel's by 16 lets 8 lanes write without conflict.
         states = gl.SwizzledSharedLayout(min(4, block_n), 2, 4 if block_n >= 16 else 1, [1, 0])
-        return Layouts(tile, across, rows, states, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]), gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        return Layouts(
+            tile, across, rows, states, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]), gl.SwizzledSharedLayout(1, 1, 1, [0])
+        )
 
     @jit
     @no_type_check
