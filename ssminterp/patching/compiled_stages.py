@@ -6,12 +6,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaRMSNorm
 from transformers.models.mamba.modeling_mamba import MambaRMSNorm
 
-from ssminterp.patching.stages import Past, ScanInputs, Stages
+from ssminterp.patching.stages import Past, ScanInputs, Stages, is_plain
 from ssminterp_kernels import rows
 
 
@@ -28,6 +29,13 @@ class CompiledStages(Stages):
         if self.mixer.config.hidden_act not in ("silu", "swish"):
             return super().activated(in_x)
         return rows.conv_silu(in_x, self.past.window, self.taps, self.conv_bias)
+
+    def scan_inputs(self, x: Float[Tensor, "rows pos d_inner"]) -> ScanInputs:
+        """In place of what makes Δ, what dt_proj makes that of."""
+        return ScanInputs(x, *self.parts(x), raw=True)
+
+    def delta(self, raw: Float[Tensor, "*rows dt_rank"]) -> Float[Tensor, "*rows d_inner"]:
+        return super().delta(F.linear(raw, self.mixer.dt_proj.weight))
 
     def gated(
         self, inputs: ScanInputs, gate: Float[Tensor, "rows n_keep d_inner"]
@@ -64,11 +72,12 @@ class CompiledStages(Stages):
 
     @cached_property
     def _row_scan(self) -> rows.RowScan:
-        return rows.RowScan.of(self.A, self.D, self.dt_bias, self.past.state, self.keep)
+        return rows.RowScan.of(self.A, self.D, self.mixer.dt_proj.weight, self.dt_bias, self.past.state, self.keep)
 
 
 def stages_of(block: Any, past: Past, keep: list[int] | None) -> Stages:
     """The fastest stages that suit where a layer is and what it computes in."""
     mixer = block.mixer
     held = (past.window, past.state, mixer.A_log, mixer.D, mixer.conv1d.weight)
-    return (CompiledStages if rows.suits(*held, d_inner=mixer.d_inner) else Stages)(block, past, keep)
+    suits = rows.suits(*held, d_inner=mixer.d_inner) and is_plain(mixer.dt_proj)
+    return (CompiledStages if suits else Stages)(block, past, keep)

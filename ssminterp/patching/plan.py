@@ -18,8 +18,8 @@ from ssminterp.patching.sites import Sites
 SHARE_OF_FREE = 0.5
 # The parts of the limit for the residual streams at the end of a job, for what is recorded, for a pass, for logits.
 FINAL_SHARE, RECORD_SHARE, PASS_SHARE, LOGITS_SHARE = 0.15, 0.25, 0.45, 0.15
-# On the CPU, tokens × d_inner of a pass: intermediate results then stay in the caches.
-CPU_PASS_ELEMENTS = 1_500_000
+# On the CPU, tokens × d_inner of a pass: more gain nothing, since rows go through a layer in blocks.
+CPU_PASS_ELEMENTS = 12_000_000
 # But at least so many rows, because every pass runs a base row through all layers.
 CPU_LEAST_ROWS = 32
 # Multiply-adds of matrix products in the time that a layer's Python and launches take: what padding may waste.

@@ -75,6 +75,21 @@ class Changes(NamedTuple):
         return torch.stack(torch.broadcast_tensors(*masks))[:, None]
 
 
+class _TakenIn(NamedTuple):
+    """What some rows of a layer make of their residual stream up to the scan, [rows, pos, …]; gate where it is kept."""
+
+    resid: Tensor
+    mixer_in: Tensor
+    in_x: Tensor
+    gate: Tensor
+    inputs: ScanInputs
+
+    def of_base(self, n: int) -> _TakenIn:
+        """The first n rows."""
+        resid, mixer_in, in_x, gate = (tensor[:n] for tensor in self[:4])
+        return _TakenIn(resid, mixer_in, in_x, gate, self.inputs.map(lambda tensor: tensor[:n]))
+
+
 class _Fork(NamedTuple):
     """Rows that part from the base in a layer.
 
@@ -98,38 +113,48 @@ class _Layer:
 
     def run(self, rows: Rows) -> Tensor | None:
         """Bring the rows behind the layer; with `keep`, [tiles, n, n_keep, d_model] of `rows.cells` comes back."""
-        hidden = rows.used
         stages, n = self.stages, self.stages.n
-        resid = hidden.flatten(0, 1)
-        mixer_in = stages.normed(resid)
-        in_x, gate = stages.projected_where_read(mixer_in)
-        inputs = stages.scan_inputs(stages.activated(in_x))
-        base = BaseRows(stages, resid[:n], mixer_in[:n], in_x[:n], gate[:n], inputs.map(lambda tensor: tensor[:n]))
+        blocks = rows.used.split(stages.tiles_at_once(rows.suffix))
+        first = self._taken_in(blocks[0])
+        base = BaseRows(stages, *first.of_base(n))
         forks = [fork for fork in (self._before_conv(rows, base), self._up_to_state(base)) if fork is not None]
         local = self._after_state(base)
-        gated = stages.gated(inputs, gate)
-        if stages.keep is None:
-            self._grow(rows, hidden, gated, forks)
-            rows.first_cells, rows.first = local.cells, rows.first[:0] if local.tensor is None else local.tensor
-            return None
-        return self._last(rows, hidden, gated, forks, local)
-
-    def _grow(self, rows: Rows, hidden: Tensor, gated: Tensor, forks: Sequence[_Fork]) -> None:
+        if stages.keep is not None:
+            return self._last(rows, blocks, first, forks, local)
+        # Before the base rows go on: new tiles start from their residual stream.
         for fork in forks:
-            tiles = rows.added(fork.cells)
-            if fork.resid_pre is not None:
-                tiles[:, :, 0] = fork.resid_pre.reshape(tiles[:, :, 0].shape)
-            tiles += self.stages.out(fork.gated).view_as(tiles)
-        hidden += self.stages.out(gated).view_as(hidden)
+            self._grow(rows, fork)
+        for i, block in enumerate(blocks):
+            block += self._mixer_out(self._taken_in(block) if i else first).view_as(block)
+        rows.first_cells, rows.first = local.cells, rows.first[:0] if local.tensor is None else local.tensor
+        return None
+
+    def _taken_in(self, block: Float[Tensor, "tiles n suffix d_model"]) -> _TakenIn:
+        stages = self.stages
+        resid = block.flatten(0, 1)
+        mixer_in = stages.normed(resid)
+        in_x, gate = stages.projected_where_read(mixer_in)
+        return _TakenIn(resid, mixer_in, in_x, gate, stages.scan_inputs(stages.activated(in_x)))
+
+    def _mixer_out(self, taken_in: _TakenIn) -> Float[Tensor, "rows n_keep d_model"]:
+        return self.stages.out(self.stages.gated(taken_in.inputs, taken_in.gate))
+
+    def _grow(self, rows: Rows, fork: _Fork) -> None:
+        tiles = rows.added(fork.cells)
+        if fork.resid_pre is not None:
+            tiles[:, :, 0] = fork.resid_pre.reshape(tiles[:, :, 0].shape)
+        tiles += self.stages.out(fork.gated).view_as(tiles)
 
     def _last(
-        self, rows: Rows, hidden: Tensor, gated: Tensor, forks: Sequence[_Fork], local: Pile
+        self, rows: Rows, blocks: Sequence[Tensor], first: _TakenIn, forks: Sequence[_Fork], local: Pile
     ) -> Float[Tensor, "tiles n n_keep d_model"]:
-        before = hidden[:, :, self.stages.at]
-        out = self.stages.out(gated)
-        parts = [before + out.view_as(before)]
+        parts = []
+        for i, block in enumerate(blocks):
+            before = block[:, :, self.stages.at]
+            parts.append(before + self._mixer_out(self._taken_in(block) if i else first).view_as(before))
+        base = blocks[0][0, :, self.stages.at]
         for fork in forks:
-            tiles = before[0].repeat(len(fork.cells), 1, 1, 1)
+            tiles = base.repeat(len(fork.cells), 1, 1, 1)
             if fork.resid_pre is not None and self.site_is_kept:
                 tiles[:, :, 0] = fork.resid_pre.reshape(tiles[:, :, 0].shape)
             parts.append(tiles + self.stages.out(fork.gated).view_as(tiles))

@@ -5,6 +5,7 @@ Rows come in tiles of n sites each, so that row r belongs to site r mod n. Posit
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 from ssminterp.models.mixers.mamba1 import HookedMambaMixer, weights_at_hand
 from ssminterp_kernels.selective_scan import selective_scan
+
+# On the CPU, tokens × d_inner that go through a layer together: what one stage writes is then at hand for the next.
+CPU_BLOCK_ELEMENTS = 600_000
 
 
 class Past(NamedTuple):
@@ -88,6 +92,12 @@ class Stages:
     def n(self) -> int:
         return len(self.past.state)
 
+    def tiles_at_once(self, suffix: int) -> int:
+        """How many tiles of rows go through the layer together: on the CPU, what fits into the caches."""
+        per_tile = self.n * suffix * self.mixer.d_inner
+        on_cpu = self.past.state.device.type == "cpu"
+        return max(1, CPU_BLOCK_ELEMENTS // per_tile) if on_cpu else sys.maxsize
+
     def normed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         return self.block.norm(resid.to(self.block.norm.weight.dtype))
 
@@ -139,12 +149,16 @@ class Stages:
         conv = taps.sum(-1)
         return conv if self.conv_bias is None else conv + self.conv_bias
 
-    def scan_inputs(self, x: Float[Tensor, "rows pos d_inner"]) -> ScanInputs:
+    def parts(self, x: Float[Tensor, "rows pos d_inner"]) -> tuple[Tensor, Tensor, Tensor]:
+        """dt, B and C."""
         mixer = self.mixer
         dt, B, C = linear(mixer.x_proj, x).split([mixer.dt_rank, mixer.d_state, mixer.d_state], dim=-1)
-        dt, B, C = mixer.normalise(dt, B, C)
-        plain: Any = mixer.dt_proj
-        delta = product(dt.contiguous(), plain.weight) if is_plain(plain) else mixer.dt_proj(dt)
+        return mixer.normalise(dt, B, C)
+
+    def scan_inputs(self, x: Float[Tensor, "rows pos d_inner"]) -> ScanInputs:
+        dt, B, C = self.parts(x)
+        module: Any = self.mixer.dt_proj
+        delta = product(dt.contiguous(), module.weight) if is_plain(module) else module(dt)
         return ScanInputs(x, delta, B, C, raw=True)
 
     def delta(self, raw: Float[Tensor, "*rows d_inner"]) -> Float[Tensor, "*rows d_inner"]:

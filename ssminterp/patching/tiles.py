@@ -25,6 +25,10 @@ class Rows:
         self.first_cells: list[int] = []
 
     @property
+    def suffix(self) -> int:
+        return self.hidden.shape[2]
+
+    @property
     def used(self) -> Tensor:
         return self.hidden[: 1 + len(self.cells)]
 

@@ -18,13 +18,13 @@ class Case:
         projected = torch.randn(ROWS, length, 2 * d_inner)
         self.x, self.gate = projected.chunk(2, dim=-1)  # strides as in the mixer
         parts = torch.randn(ROWS, length, 5 + 2 * d_state)
-        _, self.B, self.C = parts.split([5, d_state, d_state], dim=-1)
-        self.delta = torch.randn(ROWS, length, d_inner)
+        self.dt, self.B, self.C = parts.split([5, d_state, d_state], dim=-1)
+        self.dt_weight = torch.randn(d_inner, 5) / 2
         self.A, self.D, self.bias = -torch.rand(d_inner, d_state) * 3, torch.randn(d_inner), torch.randn(d_inner)
         self.past = torch.randn(N_SITES, d_inner, d_state)
         self.keep = list(range(length)) if keep is None else keep
-        self.scan = rows.RowScan.of(self.A, self.D, self.bias, self.past, keep)
-        self.base = rows.Early(*(tensor[:N_SITES] for tensor in (self.x, self.delta, self.B, self.C)), raw=True)
+        self.scan = rows.RowScan.of(self.A, self.D, self.dt_weight, self.bias, self.past, keep)
+        self.base = rows.Early(*(tensor[:N_SITES] for tensor in (self.x, self.dt, self.B, self.C)), raw=True)
 
     def expected(
         self,
@@ -41,8 +41,8 @@ class Case:
         y = selective_scan_reference(*inputs, D=self.D.double(), initial_state=start.double())[0]
         return y[:, self.keep] * F.silu(gate.double())
 
-    def step(self, raw: torch.Tensor) -> torch.Tensor:
-        return F.softplus(raw.double() + self.bias.double())
+    def step(self, dt: torch.Tensor) -> torch.Tensor:
+        return F.softplus(dt.double() @ self.dt_weight.double().T + self.bias.double())
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -75,8 +75,8 @@ def test_conv_and_silu_go_on_from_the_windows() -> None:
 
 def test_scanned_rows(case: Case) -> None:
     gate = case.gate[:, case.keep]
-    expected = case.expected(case.x, case.step(case.delta), case.B, case.C, gate)
-    assert_close(rows.scanned_rows(case.scan, case.x, case.delta, case.B, case.C, gate), expected)
+    expected = case.expected(case.x, case.step(case.dt), case.B, case.C, gate)
+    assert_close(rows.scanned_rows(case.scan, case.x, case.dt, case.B, case.C, gate), expected)
 
 
 @pytest.mark.parametrize("raw", [True, False])
@@ -84,7 +84,7 @@ def test_rows_that_take_in_something_else_at_first(case: Case, raw: bool) -> Non
     length = case.x.shape[1]
     reach = min(4, length)
     gate = case.gate[:N_SITES, case.keep]
-    delta = case.delta if raw else case.step(case.delta).float()
+    delta = case.dt if raw else case.step(case.dt).float()
     early = rows.Early(*(tensor[:, :reach] for tensor in (case.x, delta, case.B, case.C)), raw)
     first_gate = torch.randn(ROWS - N_SITES, case.x.shape[2]) if case.keep[0] == 0 else None
     gated = torch.full((ROWS, len(case.keep), case.x.shape[2]), torch.nan)
@@ -96,7 +96,7 @@ def test_rows_that_take_in_something_else_at_first(case: Case, raw: bool) -> Non
         torch.cat([own[:, :reach], tiled(of_base)[:, reach:]], dim=1)
         for own, of_base in ((case.x, case.base.x), (case.B, case.base.B), (case.C, case.base.C))
     )
-    steps = torch.cat([case.step(case.delta)[:, :reach], case.step(tiled(case.base.delta))[:, reach:]], dim=1)
+    steps = torch.cat([case.step(case.dt)[:, :reach], case.step(tiled(case.base.delta))[:, reach:]], dim=1)
     assert_close(gated, case.expected(x, steps, B, C, gates))
 
 
@@ -114,7 +114,7 @@ def test_rows_whose_state_is_another_at_first(case: Case) -> None:
 @pytest.mark.parametrize("span", [7, 3])
 def test_states_at_places_of_their_own_in_each_run(span: int) -> None:
     case = Case(7, 48, 3, None)
-    delta = case.step(case.delta).float()
+    delta = case.step(case.dt).float()
     places = [(0, 0), (0, 6), (2, 3), (ROWS - 1, 5)]
     out, before = torch.zeros(len(places), 48, 3), rows.blocks(torch.zeros(ROWS, 48, 3))
     for start in range(0, 7, span):
@@ -138,17 +138,17 @@ def test_norm(width: int) -> None:
 
 def test_axes_that_do_not_lie_in_one_piece(case: Case) -> None:
     gate = case.gate[:, case.keep]
-    inputs = (case.x, case.delta, case.B, case.C, gate)
+    inputs = (case.x, case.dt, case.B, case.C, gate)
     strided = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in inputs)
     assert torch.equal(rows.scanned_rows(case.scan, *strided), rows.scanned_rows(case.scan, *inputs))
 
 
 def test_several_threads_do_what_one_does() -> None:
     case = Case(64, 160, 16, None)
-    one = rows.scanned_rows(case.scan, case.x, case.delta, case.B, case.C, case.gate)
+    one = rows.scanned_rows(case.scan, case.x, case.dt, case.B, case.C, case.gate)
     torch.set_num_threads(3)
     try:
-        assert torch.equal(rows.scanned_rows(case.scan, case.x, case.delta, case.B, case.C, case.gate), one)
+        assert torch.equal(rows.scanned_rows(case.scan, case.x, case.dt, case.B, case.C, case.gate), one)
     finally:
         torch.set_num_threads(1)
 

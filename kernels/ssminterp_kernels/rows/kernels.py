@@ -25,7 +25,8 @@ _L1, _L2, _L3 = np.float32(-0.49999905), np.float32(0.33330005), np.float32(-0.2
 _L4, _L5, _L6 = np.float32(0.19678117), np.float32(-0.15311863), np.float32(0.10614265)
 _L7, _L8, _L9 = np.float32(-0.0570642), np.float32(0.01990716), np.float32(-0.0032563785)
 
-_compiled = functools.partial(njit, error_model="numpy")
+# Calls with arrays as arguments cost more than most of these bodies.
+_compiled = functools.partial(njit, error_model="numpy", forceinline=True)
 
 
 @_compiled
@@ -35,6 +36,12 @@ def _scratch(n):
     held = np.zeros((n + 1) * LANES, np.float32)
     first = (-(held.ctypes.data // 4)) % LANES
     return held[first : first + n * LANES].reshape(n, LANES)
+
+
+@_compiled
+@no_type_check
+def _states(n_blocks, d_state):
+    return _scratch(n_blocks * d_state).reshape(n_blocks, d_state, LANES)
 
 
 @_compiled
@@ -55,10 +62,25 @@ def _softplus(v):
 
 @_compiled
 @no_type_check
-def _step(delta, row, t, c, raw, bias):
-    """Δ of one block."""
-    v = load(delta, (row, t, c))
-    return _softplus(v + load(bias, (c,))) if raw else v
+def _step(delta, row, t, c, raw, weight, bias):
+    """Δ of one block: as it is given, or from its low rank."""
+    if not raw:
+        return load(delta, (row, t, c))
+    v = load(bias, (c,))
+    for r in range(weight.shape[0]):
+        v = v + load(weight, (r, c)) * splat(delta[row, t, r])
+    return _softplus(v)
+
+
+@_compiled
+@no_type_check
+def _steps(steps, inflows, first, width, x, delta, raw, weight, bias, row, t):
+    """Δ and Δ x of some blocks, before any is used: none waits for the other."""
+    for i in range(width):
+        c = (first + i) * LANES
+        step = _step(delta, row, t, c, raw, weight, bias)
+        store(steps, (i, 0), step)
+        store(inflows, (i, 0), step * load(x, (row, t, c)))
 
 
 @_compiled
@@ -109,21 +131,29 @@ def _conv_silu(counter, n_tasks, in_x, window, taps, bias, x):
         if row >= n_tasks:
             break
         site = row % n
-        for c in range(0, d_inner, LANES):
-            for t in range(length):
-                conv = load(bias, (c,))
-                for tap in range(last + 1):
-                    at = t - last + tap
-                    before = load(in_x, (row, at, c)) if at >= 0 else load(window, (site, last + at, c))
-                    conv = conv + before * load(taps, (tap, c))
-                store(x, (row, t, c), _silu(conv))
+        for t in range(length):
+            if t >= last == 3:  # nearly every conv has four taps
+                for c in range(0, d_inner, LANES):
+                    early = load(in_x, (row, t - 3, c)) * load(taps, (0, c)) + load(bias, (c,))
+                    late = load(in_x, (row, t - 1, c)) * load(taps, (2, c))
+                    early = early + load(in_x, (row, t - 2, c)) * load(taps, (1, c))
+                    late = late + load(in_x, (row, t, c)) * load(taps, (3, c))
+                    store(x, (row, t, c), _silu(early + late))
+            else:
+                for c in range(0, d_inner, LANES):
+                    conv = load(bias, (c,))
+                    for tap in range(last + 1):
+                        at = t - last + tap
+                        before = load(in_x, (row, at, c)) if at >= 0 else load(window, (site, last + at, c))
+                        conv = conv + before * load(taps, (tap, c))
+                    store(x, (row, t, c), _silu(conv))
 
 
 @no_type_check
-def _scanned_rows(counter, n_tasks, x, delta, raw, bias, B, C, rate, D, gate, past, kept, gated):
+def _scanned_rows(counter, n_tasks, x, delta, raw, dt_weight, bias, B, C, rate, D, gate, past, kept, gated):
     length = x.shape[1]
     n, n_blocks, d_state = past.shape[:3]
-    states = _scratch(n_blocks * d_state).reshape(n_blocks, d_state, LANES)
+    states = _states(n_blocks, d_state)
     steps, inflows, outs = _scratch(SPAN * n_blocks), _scratch(SPAN * n_blocks), _scratch(SPAN * n_blocks)
     while True:
         row = next_task(counter)
@@ -136,7 +166,7 @@ def _scanned_rows(counter, n_tasks, x, delta, raw, bias, B, C, rate, D, gate, pa
             for t in range(start, stop):
                 for q in range(n_blocks):
                     at, c = ((t - start) * n_blocks + q, 0), q * LANES
-                    step = _step(delta, row, t, c, raw, bias)
+                    step = _step(delta, row, t, c, raw, dt_weight, bias)
                     store(steps, at, step)
                     store(inflows, at, step * load(x, (row, t, c)))
             for q in range(n_blocks):
@@ -160,67 +190,102 @@ def _scanned_rows(counter, n_tasks, x, delta, raw, bias, B, C, rate, D, gate, pa
 @no_type_check
 def _forked_rows(
     counter, n_tasks, early_x, early_delta, early_raw, early_B, early_C, given, states,
-    x, delta, bias, B, C, rate, D, gate, first_gate, past, kept, gated,
+    x, delta, dt_weight, bias, B, C, rate, D, gate, first_gate, past, kept, gated,
 ):  # fmt: skip
     n, length, d_inner = x.shape
     d_state, reach, tiles = past.shape[2], early_x.shape[1], gated.shape[0] // n
-    n_groups = n_tasks // n
-    h, base, decay, weight = _scratch(d_state), _scratch(d_state), _scratch(d_state), _scratch(d_state)
-    differs = _scratch(tiles * d_state)
+    n_groups, n_blocks = n_tasks // n, d_inner // LANES
+    h, base = _states(GROUP, d_state), _states(GROUP, d_state)
+    decay, weight = _states(GROUP, d_state), _states(GROUP, d_state)
+    differs = _states(tiles * GROUP, d_state)
+    steps, inflows, outs, open_gate = _scratch(GROUP), _scratch(GROUP), _scratch(GROUP), _scratch(GROUP)
     while True:
         task = next_task(counter)
         if task >= n_tasks:
             break
         site, group = divmod(task, n_groups)
-        for q in range(group * GROUP, min((group + 1) * GROUP, d_inner // LANES)):
-            c = q * LANES
-            skip = load(D, (c,))
-            _copy_block(past, site, q, base)
-            for t in range(reach):
-                step = _step(delta, site, t, c, True, bias)
-                _advance(base, rate, q, step, step * load(x, (site, t, c)), B, site, t)
-            for tile in range(tiles):
-                row = tile * n + site
+        first, width = group * GROUP, min(GROUP, n_blocks - group * GROUP)
+        for i in range(width):
+            _copy_block(past, site, first + i, base[i])
+        for t in range(reach):
+            _steps(steps, inflows, first, width, x, delta, True, dt_weight, bias, site, t)
+            for i in range(width):
+                _advance(base[i], rate, first + i, load(steps, (i, 0)), load(inflows, (i, 0)), B, site, t)
+        for tile in range(tiles):
+            row = tile * n + site
+            for i in range(width):
                 if given:
-                    for n_ in range(d_state):
+                    for m in range(d_state):
                         for lane in range(LANES):
-                            h[n_, lane] = states[row, c + lane, n_]
+                            h[i, m, lane] = states[row, (first + i) * LANES + lane, m]
                 else:
-                    _copy_block(past, site, q, h)
-                for t in range(reach):
-                    k = kept[t]
-                    if given:
-                        y, here = _read(h, C, site, t), load(x, (site, t, c))
-                    else:
-                        step, here = _step(early_delta, row, t, c, early_raw, bias), load(early_x, (row, t, c))
-                        y = _advance_and_read(h, rate, q, step, step * here, early_B, early_C, row, t)
-                    if k >= 0:
-                        if t == 0 and row < first_gate.shape[0]:
-                            z = load(first_gate, (row, c))
-                        else:
-                            z = load(gate, (site, k, c))
-                        store(gated, (row, k, c), (y + here * skip) * _silu(z))
-                for n_ in range(d_state):
-                    store(differs, (tile * d_state + n_, 0), load(h, (n_, 0)) - load(base, (n_, 0)))
-                    store(decay, (n_, 0), splat(_ONE))
-            for t in range(reach, length):
-                step, here = _step(delta, site, t, c, True, bias), load(x, (site, t, c))
-                inflow, k, y = step * here, kept[t], here * skip
-                for n_ in range(d_state):
-                    at = (n_, 0)
-                    a, read = exp2(step * load(rate, (q, n_, 0))), splat(C[site, t, n_])
-                    now, total = a * load(base, at) + inflow * splat(B[site, t, n_]), a * load(decay, at)
+                    _copy_block(past, site, first + i, h[i])
+            for t in range(reach):
+                k = kept[t]
+                if given:
+                    for i in range(width):
+                        here = load(x, (site, t, (first + i) * LANES))
+                        store(outs, (i, 0), _read(h[i], C, site, t) + here * load(D, ((first + i) * LANES,)))
+                else:
+                    _steps(steps, inflows, first, width, early_x, early_delta, early_raw, dt_weight, bias, row, t)
+                    for i in range(width):
+                        step, inflow = load(steps, (i, 0)), load(inflows, (i, 0))
+                        y = _advance_and_read(h[i], rate, first + i, step, inflow, early_B, early_C, row, t)
+                        here = load(early_x, (row, t, (first + i) * LANES))
+                        store(outs, (i, 0), y + here * load(D, ((first + i) * LANES,)))
+                if k >= 0:
+                    for i in range(width):
+                        c = (first + i) * LANES
+                        own = t == 0 and row < first_gate.shape[0]
+                        z = load(first_gate, (row, c)) if own else load(gate, (site, k, c))
+                        store(gated, (row, k, c), load(outs, (i, 0)) * _silu(z))
+            for i in range(width):
+                for m in range(d_state):
+                    store(differs, (tile * GROUP + i, m, 0), load(h, (i, m, 0)) - load(base, (i, m, 0)))
+        for i in range(width):
+            for m in range(d_state):
+                store(decay, (i, m, 0), splat(_ONE))
+        for t in range(reach, length):
+            k = kept[t]
+            _steps(steps, inflows, first, width, x, delta, True, dt_weight, bias, site, t)
+            for i in range(width):
+                c = (first + i) * LANES
+                step, inflow, y = load(steps, (i, 0)), load(inflows, (i, 0)), load(x, (site, t, c)) * load(D, (c,))
+                for m in range(d_state):
+                    at = (i, m, 0)
+                    a, read = exp2(step * load(rate, (first + i, m, 0))), splat(C[site, t, m])
+                    now, total = a * load(base, at) + inflow * splat(B[site, t, m]), a * load(decay, at)
                     store(base, at, now)
                     store(decay, at, total)
                     store(weight, at, total * read)
                     y = y + now * read
-                if k >= 0:
-                    z = _silu(load(gate, (site, k, c)))
-                    for tile in range(tiles):
-                        moved = y
-                        for n_ in range(d_state):
-                            moved = moved + load(differs, (tile * d_state + n_, 0)) * load(weight, (n_, 0))
-                        store(gated, (tile * n + site, k, c), moved * z)
+                store(outs, (i, 0), y)
+            if k >= 0:
+                for i in range(width):
+                    store(open_gate, (i, 0), _silu(load(gate, (site, k, (first + i) * LANES))))
+            if k < 0:
+                continue
+            for tile in range(0, tiles - 3, 4):  # four sums at once: none waits for the other
+                for i in range(width):
+                    c, at, z = (first + i) * LANES, tile * GROUP + i, load(open_gate, (i, 0))
+                    y_1 = y_2 = y_3 = y_4 = load(outs, (i, 0))
+                    for m in range(d_state):
+                        w = load(weight, (i, m, 0))
+                        y_1 = y_1 + load(differs, (at, m, 0)) * w
+                        y_2 = y_2 + load(differs, (at + GROUP, m, 0)) * w
+                        y_3 = y_3 + load(differs, (at + 2 * GROUP, m, 0)) * w
+                        y_4 = y_4 + load(differs, (at + 3 * GROUP, m, 0)) * w
+                    row = tile * n + site
+                    store(gated, (row, k, c), y_1 * z)
+                    store(gated, (row + n, k, c), y_2 * z)
+                    store(gated, (row + 2 * n, k, c), y_3 * z)
+                    store(gated, (row + 3 * n, k, c), y_4 * z)
+            for tile in range(tiles - tiles % 4, tiles):
+                for i in range(width):
+                    moved = load(outs, (i, 0))
+                    for m in range(d_state):
+                        moved = moved + load(differs, (tile * GROUP + i, m, 0)) * load(weight, (i, m, 0))
+                    store(gated, (tile * n + site, k, (first + i) * LANES), moved * load(open_gate, (i, 0)))
 
 
 @no_type_check
@@ -276,9 +341,9 @@ _VIEW_2D, _VIEW_3D = float32[:, :], float32[:, :, :]
 _TABLE = int32[::1]
 
 
-_INPUTS = (_VIEW_3D, _VIEW_3D, boolean, _1D, _VIEW_3D, _VIEW_3D)
+_INPUTS = (_VIEW_3D, _VIEW_3D, boolean, _2D, _1D, _VIEW_3D, _VIEW_3D)
 _EARLY = (_VIEW_3D, _VIEW_3D, boolean, _VIEW_3D, _VIEW_3D, boolean, _VIEW_3D)
-_BASE = (_VIEW_3D, _VIEW_3D, _1D, _VIEW_3D, _VIEW_3D, _3D, _1D, _VIEW_3D)
+_BASE = (_VIEW_3D, _VIEW_3D, _2D, _1D, _VIEW_3D, _VIEW_3D, _3D, _1D, _VIEW_3D)
 _KERNELS = {
     "conv_silu": (_conv_silu, (_VIEW_3D, _VIEW_3D, _2D, _1D, _3D)),
     "scanned_rows": (_scanned_rows, (*_INPUTS, _3D, _1D, _VIEW_3D, _4D, _TABLE, _3D)),

@@ -20,21 +20,29 @@ _WORK_PER_THREAD = 30_000
 class RowScan(NamedTuple):
     """What the scans of a layer's rows have in common.
 
-    rate: A · log2(e) as `blocks` lays it out. past: the states before the sites, laid out so. bias: of Δ. kept: the
-    positions, ascending, whose output is wanted; None means all.
+    rate: A · log2(e) as `blocks` lays it out. dt_weight, bias: Δ = softplus(dt · dt_weight + bias). past: the states
+    before the sites, laid out as the rate. kept: the positions, ascending, whose output is wanted; None means all.
     """
 
     rate: Float[Tensor, "n_blocks d_state lanes"]
     D: Float[Tensor, " d_inner"]
+    dt_weight: Float[Tensor, "dt_rank d_inner"]
     bias: Float[Tensor, " d_inner"]
     past: Float[Tensor, "n n_blocks d_state lanes"]
     kept: Sequence[int] | None
 
     @staticmethod
-    def of(A: Tensor, D: Tensor, bias: Tensor | None, past: Tensor, kept: Sequence[int] | None) -> RowScan:
-        """A: [d_inner, d_state]. D, bias: [d_inner]. past: [n, d_inner, d_state]."""
-        rate = blocks((A * 1.4426950408889634)[None])[0]
-        return RowScan(rate, D, torch.zeros_like(D) if bias is None else bias.contiguous(), blocks(past), kept)
+    def of(
+        A: Float[Tensor, "d_inner d_state"],
+        D: Float[Tensor, " d_inner"],
+        dt_weight: Float[Tensor, "d_inner dt_rank"],
+        bias: Float[Tensor, " d_inner"] | None,
+        past: Float[Tensor, "n d_inner d_state"],
+        kept: Sequence[int] | None,
+    ) -> RowScan:
+        """From tensors as a mixer has them."""
+        bias = torch.zeros_like(D) if bias is None else bias.contiguous()
+        return RowScan(_rate(A), D, dt_weight.T.contiguous(), bias, blocks(past), kept)
 
     def table(self, length: int) -> np.ndarray[Any, np.dtype[np.int32]]:
         """The place of every position among those that are kept, or -1."""
@@ -45,7 +53,7 @@ class RowScan(NamedTuple):
 
 
 class Early(NamedTuple):
-    """What rows take in at their first positions, [rows, reach, …]: Δ before its bias and softplus if `raw`."""
+    """What rows take in at their first positions, [rows, reach, …]: if `raw`, dt in place of Δ."""
 
     x: Tensor
     delta: Tensor
@@ -64,6 +72,10 @@ def blocks(states: Float[Tensor, "n d_inner d_state"]) -> Float[Tensor, "n n_blo
     return states.unflatten(1, (-1, LANES)).transpose(2, 3).contiguous()
 
 
+def _rate(A: Float[Tensor, "d_inner d_state"]) -> Float[Tensor, "n_blocks d_state lanes"]:
+    return blocks((A * 1.4426950408889634)[None])[0]
+
+
 def conv_silu(
     in_x: Float[Tensor, "rows pos d_inner"],
     window: Float[Tensor, "n n_before d_inner"],
@@ -80,14 +92,14 @@ def conv_silu(
 def scanned_rows(
     scan: RowScan,
     x: Float[Tensor, "rows pos d_inner"],
-    delta: Float[Tensor, "rows pos d_inner"],
+    dt: Float[Tensor, "rows pos dt_rank"],
     B: Float[Tensor, "rows pos d_state"],
     C: Float[Tensor, "rows pos d_state"],
     gate: Float[Tensor, "rows n_kept d_inner"],
 ) -> Float[Tensor, "rows n_kept d_inner"]:
-    """(y + D x) · SiLU(gate) of every row, from its site's past. delta: before bias and softplus."""
-    gated = torch.empty(gate.shape)
-    inputs = (x, delta, True, scan.bias, B, C, scan.rate, scan.D, gate, scan.past, scan.table(x.shape[1]), gated)
+    """(y + D x) · SiLU(gate) of every row, from its site's past."""
+    gated, kept = torch.empty(gate.shape), scan.table(x.shape[1])
+    inputs = (x, dt, True, scan.dt_weight, scan.bias, B, C, scan.rate, scan.D, gate, scan.past, kept, gated)
     _run("scanned_rows", len(x), x.numel() * scan.past.shape[2], *inputs)
     return gated
 
@@ -103,8 +115,9 @@ def forked_rows(
     """Write (y + D x) · SiLU(gate) of rows that differ from their site's base row at their first positions alone.
 
     early: what the rows take in there; or their states after position 0, where all that goes in is the base's.
-    base, gate: of the base rows at all positions. first_gate: the gates of the first rows at position 0.
-    gated: is written; the product's left side is linear in the state, so later positions cost no exponentials.
+    base: what the base rows take in at all positions, raw. gate: the base rows'. first_gate: the gates of the first
+    rows at position 0. gated: is written; what a state adds to it is linear in the state, so that later positions cost
+    no exponentials.
     """
     given = isinstance(early, Tensor)
     states = early if isinstance(early, Tensor) else torch.empty(0, 0, 0)
@@ -113,7 +126,7 @@ def forked_rows(
     n, length, d_inner = base.x.shape
     groups = -(-d_inner // (LANES * GROUP))
     starts = (first.x, first.delta, first.raw, first.B, first.C, given, states)
-    inputs = (base.x, base.delta, scan.bias, base.B, base.C, scan.rate, scan.D, gate)
+    inputs = (base.x, base.delta, scan.dt_weight, scan.bias, base.B, base.C, scan.rate, scan.D, gate)
     gates = torch.empty(0, d_inner) if first_gate is None else first_gate
     work = len(gated) * length * d_inner
     kept = scan.table(length)
@@ -133,9 +146,7 @@ def recorded_states(
 
     delta: Δ itself. slots: the row of `out` for the state there, or -1.
     """
-    rate = blocks((A * 1.4426950408889634)[None])[0]
-    table = slots.int().contiguous()
-    inputs = (x, delta, B, rate, before, table, out)
+    inputs = (x, delta, B, _rate(A), before, slots.int().contiguous(), out)
     _run("recorded_states", len(x), x.numel() * A.shape[1], *inputs)
 
 

@@ -165,23 +165,46 @@ def lane_sum(typing_context, v):
 @intrinsic
 @no_type_check
 def exp2(typing_context, u):
-    """2^u to 1e-7 relative; 0 instead of what would be subnormal, infinity above 2^127.5, and NaN stays NaN."""
+    """2^u to 1e-7 relative; 0 instead of what would be subnormal, infinity above 2^127.5. NaN stays NaN."""
 
     def emit(context, builder, signature, arguments):
         (u,) = arguments
-        highest = _constant(_HIGHEST)
-        bounded = builder.select(builder.fcmp_ordered(">", u, highest), highest, u)
-        shifted = builder.fadd(bounded, _constant(_ROUND))
-        f = builder.fsub(bounded, builder.fsub(shifted, _constant(_ROUND)))
+        # One instruction each rounds and scales where there are vectors of this width.
+        whole = "avx512f" in _features(context)
+        if whole:
+            rounded = _called(builder, "llvm.rint.v16f32", u)
+        else:
+            highest = _constant(_HIGHEST)
+            bounded = builder.select(builder.fcmp_ordered(">", u, highest), highest, u)
+            shifted = builder.fadd(bounded, _constant(_ROUND))
+            u, rounded = bounded, builder.fsub(shifted, _constant(_ROUND))
+        f = builder.fsub(u, rounded)
         power = _constant(_POLYNOMIAL[-1])
         for coefficient in _POLYNOMIAL[-2::-1]:
             power = builder.fadd(builder.fmul(power, f, flags=_FUSED), _constant(coefficient), flags=_FUSED)
-        exponent = builder.add(builder.bitcast(shifted, _INTS), ir.Constant(_INTS, [_TO_EXPONENT] * LANES))
-        scale = builder.bitcast(builder.shl(exponent, ir.Constant(_INTS, [23] * LANES)), _FLOATS)
-        too_low = builder.fcmp_ordered("<", u, _constant(_LOWEST))
-        return builder.select(too_low, _constant(0.0), builder.fmul(power, scale))
+        if whole:
+            every_lane, nearest = ir.IntType(16)(-1), ir.IntType(32)(4)
+            scaling = "llvm.x86.avx512.mask.scalef.ps.512"
+            scaled = _called(builder, scaling, power, rounded, _constant(0.0), every_lane, nearest)
+        else:
+            exponent = builder.add(builder.bitcast(shifted, _INTS), ir.Constant(_INTS, [_TO_EXPONENT] * LANES))
+            scale = builder.bitcast(builder.shl(exponent, ir.Constant(_INTS, [23] * LANES)), _FLOATS)
+            scaled = builder.fmul(power, scale)
+        return builder.select(builder.fcmp_ordered("<", u, _constant(_LOWEST)), _constant(0.0), scaled)
 
     return vector(vector), emit
+
+
+@no_type_check
+def _called(builder, name, *arguments):
+    """The result of one of LLVM's own functions, a vector."""
+    kind = ir.FunctionType(_FLOATS, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def _features(context: Any) -> list[str]:
+    """Of the CPU that numba compiles for."""
+    return [name[1:] for name in context.codegen()._tm_features.split(",") if name.startswith("+")]
 
 
 def _constant(value: float) -> Any:
