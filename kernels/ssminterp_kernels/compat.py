@@ -66,7 +66,7 @@ def _per_channel_or_group(
     batch, d_inner, length = u.shape
     d_state = A.shape[1]
     if weights.shape == (d_inner, d_state):
-        return weights.expand(batch, length, d_inner, d_state).to(u.dtype)
+        return weights.expand(batch, length, d_inner, d_state)
     if weights.shape == (batch, d_state, length):
         return weights.transpose(1, 2).unsqueeze(2)
     if weights.dim() == 4 and weights.shape[0] == batch and weights.shape[2:] == (d_state, length):

@@ -68,7 +68,13 @@ def test_adjoints_equal_autograd(case: ScanCase, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(
-    "case", [ScanCase(length=7, n_groups=2), ScanCase(length=70, batch=1, d_inner=2, d_state=2)], ids=str
+    "case",
+    [
+        ScanCase(length=7, n_groups=2),
+        ScanCase(length=70, batch=1, d_inner=2, d_state=2),
+        ScanCase(length=3, d_inner=70, d_state=2),  # several programs a position, the last with channels that are none
+    ],
+    ids=str,
 )
 def test_contraction_equals_the_product_of_reference_states_and_adjoints(case: ScanCase, backend: str) -> None:
     inputs = random_scan_inputs(case, device=DEVICE)

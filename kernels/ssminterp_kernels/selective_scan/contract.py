@@ -48,7 +48,8 @@ def contract_with_adjoint(
 
     The adjoint is that of run b, whose output's gradient is dy and whose final state's is dfinal_state; C and z are
     b's, while A, delta_bias and delta_softplus are those of both. With `sum_d_inner` the sum runs over d_inner as well
-    and the result is [batch, pos]. Float32, or float64 for float64 runs. Neither trajectory is ever held in memory.
+    and the result is [batch, pos], with no [batch, pos, d_inner] in memory. Float32, or float64 for float64 runs. Neither
+    trajectory is ever held in memory.
 
     Raises ValueError as `selective_scan` does.
     """
@@ -63,20 +64,18 @@ def contract_with_adjoint(
         from ssminterp_kernels.selective_scan.triton_contract import triton_contract
 
         with on_device_of(dy):
-            products = triton_contract(runs[0], runs[1], dy, dfinal_state)
-    else:
-        products = _torch_contract(runs[0], runs[1], dy, dfinal_state)
-    return products.sum(-1) if sum_d_inner else products
+            return triton_contract(runs[0], runs[1], dy, dfinal_state, sum_d_inner)
+    return _torch_contract(runs[0], runs[1], dy, dfinal_state, sum_d_inner)
 
 
 def _torch_contract(
-    a: ScanArguments, b: ScanArguments, dy: Tensor, dfinal_state: Tensor | None
-) -> Float[Tensor, "batch pos d_inner"]:
+    a: ScanArguments, b: ScanArguments, dy: Tensor, dfinal_state: Tensor | None, sum_d_inner: bool
+) -> Float[Tensor, "batch pos *d_inner"]:
     """Stretch by stretch of positions: states forwards from the state before it, adjoints backwards from after it."""
     length = dy.shape[1]
     cuts = [slice(start, min(start + _CHUNK, length)) for start in range(0, length, _CHUNK)]
     before_a, before_b = (_states_before(run, cuts) for run in (a, b))
-    out = torch.empty(dy.shape, dtype=b.state_dtype, device=dy.device)
+    out = torch.empty(dy.shape[: 2 if sum_d_inner else 3], dtype=b.state_dtype, device=dy.device)
     future = dfinal_state
     for i in reversed(range(len(cuts))):
         cut = cuts[i]
@@ -85,7 +84,7 @@ def _torch_contract(
         adjoints = adjoint_states(
             *(dy[:, cut], b.delta[:, cut], b.A, b.C[:, cut], z, b.delta_bias, b.delta_softplus, future), backend="torch"
         )
-        out[:, cut] = (difference * adjoints).sum(-1)
+        out[:, cut] = (difference * adjoints).sum((-2, -1) if sum_d_inner else -1)
         future = _step_back(b, adjoints[:, 0], cut.start)
     return out
 

@@ -1,5 +1,7 @@
 """Σ over d_state of (state_a − state_b) ⊙ adjoint_b in one kernel: both runs replayed from states before segments,
 differences held in registers for a few positions, adjoints walked backwards past them. See `triton_backward`.
+
+Summed over d_inner as well, each program leaves one number per position, and these are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -81,6 +83,7 @@ def contract_kernel(
     POS_B: tl.constexpr,
     POS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    SUM_D: tl.constexpr,
     SEGMENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -89,11 +92,12 @@ def contract_kernel(
     """One program: one batch element, one chunk, BLOCK_D channels of one group.
 
     boundaries: the states before every SEGMENT-th position [batch, n_segments, d_inner, d_state], None for zeros.
-    future: the gradient of the state after each chunk. out: float32 [batch, pos, d_inner]. scratch: (pointer to
+    future: the gradient of the state after each chunk. out: float32 [batch, pos, d_inner], with SUM_D
+    [batch, pos, n_blocks]. scratch: (pointer to
     [programs, 2, SEGMENT / BLOCK_T, BLOCK_N, BLOCK_D],). POS_A, POS_B: the strides of the position axes of x, delta and
     B of each run; POS: those of C, dy, z and out.
     """
-    batch, chunk, _block, group, d, there = program_place(n_blocks, n_chunks, group_size, BLOCK_D)
+    batch, chunk, block, group, d, there = program_place(n_blocks, n_chunks, group_size, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     n_there = n < d_state
     tile_there = n_there[:, None] & there[None, :]
@@ -105,7 +109,7 @@ def contract_kernel(
     delta_b_rows = channel_rows(delta_b, batch, d)
     dy_rows = channel_rows(dy, batch, d)
     z_rows = dy_rows if z is None else channel_rows(z, batch, d)
-    out_rows = channel_rows(out, batch, d)
+    out_rows = channel_rows(out, batch, block if SUM_D else d)
     B_a_rows = weight_rows(B_a, batch, group, n)
     B_b_rows = weight_rows(B_b, batch, group, n)
     C_rows = weight_rows(C, batch, group, n)
@@ -166,7 +170,11 @@ def contract_kernel(
                     dy_row *= gate * sigmoid(gate)
                 C_row = tl.load(C_rows + t * POS[0], mask=n_there & (t < end), other=0.0).to(tl.float32)
                 adjoint = carry + C_row[:, None] * dy_row[None, :]
-                tl.store(out_rows + t * POS[3], tl.sum(differences[u] * adjoint, 0), mask=mask)
+                products = tl.sum(differences[u] * adjoint, 0)
+                if SUM_D:
+                    tl.store(out_rows + t * POS[3], tl.sum(tl.where(there, products, 0.0), 0), mask=t < end)
+                else:
+                    tl.store(out_rows + t * POS[3], products, mask=mask)
                 raw = tl.load(delta_b_rows + t * POS_B[1], mask=mask, other=0.0)
                 step = tl.where(t < end, step_size(raw, bias_row, SOFTPLUS), 0.0)
                 carry = tl.exp2(step[None, :] * A2) * adjoint
@@ -174,9 +182,9 @@ def contract_kernel(
 
 
 def triton_contract(
-    a: ScanArguments, b: ScanArguments, dy: Tensor, dfinal_state: Tensor | None
-) -> Float[Tensor, "batch pos d_inner"]:
-    """As `contract_with_adjoint` without the sum over d_inner; takes arguments from `check_arguments`."""
+    a: ScanArguments, b: ScanArguments, dy: Tensor, dfinal_state: Tensor | None, sum_d_inner: bool
+) -> Float[Tensor, "batch pos *d_inner"]:
+    """As `contract_with_adjoint`; takes arguments from `check_arguments`."""
     run_a, run_b = scan_tensors(a), scan_tensors(b)
     batch, length, d_inner = dy.shape
     d_state = run_b.A.shape[1]
@@ -190,7 +198,8 @@ def triton_contract(
     future = strided_state(dfinal_state)
     if plan.is_chunked:
         future = strided(futures_of_chunks(run_b, plan, dy, None, dfinal_state))
-    out = torch.empty(dy.shape, dtype=torch.float32, device=dy.device)
+    width = plan.n_blocks if sum_d_inner else d_inner
+    out = torch.empty(batch, length, width, dtype=torch.float32, device=dy.device)
     scratch = out.new_empty(plan.programs(batch), 2, SEGMENT // BLOCK_T, plan.block_n, plan.block_d)
     contract_kernel[(plan.programs(batch),)](
         *(strided(run_a.x), strided(run_a.delta), strided(run_a.B), begins[0]),
@@ -201,10 +210,11 @@ def triton_contract(
         POS_B=strides_of_pos(run_b.x, run_b.delta, run_b.B),
         POS=strides_of_pos(run_b.C, dy, run_b.z, out),
         SOFTPLUS=run_b.softplus,
+        SUM_D=sum_d_inner,
         SEGMENT=SEGMENT,
         BLOCK_N=plan.block_n,
         BLOCK_D=plan.block_d,
         BLOCK_T=BLOCK_T,
         num_warps=plan.num_warps,
     )
-    return out
+    return out.sum(-1) if sum_d_inner else out
