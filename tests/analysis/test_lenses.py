@@ -10,7 +10,7 @@ from tiny_models import VOCAB, hooked, hooked_pair, random_tokens
 from torch.nn.functional import silu
 
 from ssminterp import HookedMamba, ablate
-from ssminterp.analysis import attribute_to_layers, logit_lens, state_lens, top_tokens
+from ssminterp.analysis import attribute_to_layers, lens_summary, logit_lens, state_lens, top_tokens
 from ssminterp.checkpoints.vocabulary import build_tokenizer
 
 
@@ -28,6 +28,19 @@ def test_the_logit_lens_on_the_last_layer_is_the_model(model: HookedMamba) -> No
     some = logit_lens(model, tokens, layers=[2, 0], positions=[-1, 3], vocab=[5, 1])
     np.testing.assert_allclose(some.values[:, 0], logits[:, [8, 3]][..., [5, 1]], atol=1e-4)
     np.testing.assert_allclose(some.values[:, 1], found.sel(layer="0").values[:, [8, 3]][..., [5, 1]], atol=1e-5)
+
+
+@pytest.mark.parametrize("max_logits", [1, 500, 50_000_000])
+def test_the_summary_is_the_best_tokens_of_the_whole_lens(max_logits: int, model: HookedMamba) -> None:
+    """However few logits are held at once."""
+    tokens = random_tokens(2, 9)
+    found = lens_summary(model, tokens, k=3, max_logits=max_logits)
+    expected = top_tokens(model, logit_lens(model, tokens), k=3)
+    assert dict(found.sizes) == dict(expected.sizes)
+    np.testing.assert_array_equal(found["position"], expected["position"])
+    found = found.transpose(*expected["token"].dims)
+    np.testing.assert_array_equal(found["token"], expected["token"])
+    np.testing.assert_allclose(found["probability"], expected["probability"], rtol=1e-5)
 
 
 @torch.no_grad()
