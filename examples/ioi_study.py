@@ -24,11 +24,14 @@ def main(
     model: Annotated[str, typer.Option(help="bundled name, local folder or hub name")] = "tiny-mamba",
     n: Annotated[int, typer.Option(min=2, help="pairs of prompts in each part")] = 32,
     out: Annotated[Path, typer.Option(help="folder for the report")] = Path("out/ioi_study"),
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as saved)")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA if there is one by default")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub name")] = None,
     seed: Annotated[int, typer.Option(help="of the prompts")] = 0,
 ) -> None:
     """Run the study and write its report."""
-    study = ioi_study(HookedMamba.from_pretrained(model, device=device), n, seed)
+    hooked = HookedMamba.from_pretrained(model, device=device, dtype=dtype, revision=revision)
+    study = ioi_study(hooked, n, seed)
     for heading, table in study_tables(study).items():
         print(f"\n{heading}\n{as_text(table)}")
     print("\nreport:", save_ioi_report(study, out / "index.html"))

@@ -27,6 +27,7 @@ def ioi(
     out: Annotated[Path, typer.Option(help="folder for the figures")] = Path("out/ioi"),
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as saved)")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; CUDA if there is one by default")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub name")] = None,
     seed: Annotated[int, typer.Option(help="of the prompts")] = 0,
 ) -> None:
     """Indirect object identification: patch clean into corrupted at every layer and position, and draw what matters.
@@ -36,7 +37,8 @@ def ioi(
     if positions not in ("roles", "tokens", "both"):
         raise typer.BadParameter(f"--positions must be 'roles', 'tokens' or 'both', got {positions!r}")
     try:
-        _run(HookedMamba.from_pretrained(model, device=device, dtype=dtype), n, hooks.split(","), positions, out, seed)
+        hooked = HookedMamba.from_pretrained(model, device=device, dtype=dtype, revision=revision)
+        _run(hooked, n, hooks.split(","), positions, out, seed)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -30,6 +30,7 @@ def test_ioi_writes_maps_numbers_and_a_page(tmp_path: Path) -> None:
         (["--model", "./nowhere"], "there is no folder"),
         (["--model", "nano-mamba", "--hooks", "stat"], "short name"),
         (["--dtype", "half"], "dtype must be one of"),
+        (["--revision", "v2"], "revision='v2' is for names on the hub"),
         (["--positions", "everywhere"], "--positions must be"),
         (["--n", "0"], "--n"),
     ],
