@@ -109,7 +109,7 @@ def _start(tensor, batch, d0):
 @jit
 @no_type_check
 def _load_weights(rows_at, t0, begin, end, u, there, stride: tl.constexpr, COUNT: tl.constexpr, MASK: tl.constexpr):
-    """B or C [COUNT, BLOCK_N] at positions from t0 on, as `_load_rows`; u numbers them, MASK also: d_state < BLOCK_N."""
+    """B or C [COUNT, BLOCK_N] at positions from t0 on, as `_load_rows`; u numbers them, MASK also: d_state is less."""
     at = tl.maximum(t0, begin)
     if not MASK:
         at = tl.minimum(at, end - COUNT)
