@@ -36,7 +36,6 @@ from ssminterp_kernels.selective_scan.triton_layouts import (
     shared_values,
     state_numbers,
     state_numbers_across,
-    sum_over_states,
     take_row,
     take_tile,
     take_value,
@@ -365,7 +364,7 @@ def scan_backward_kernel(
                 if z is not None:
                     gate = take_value(values[3 * BLOCK_T + u], TILE)
                     open_ = sigmoid(gate)
-                    y_row = sum_over_states(state * C_row, BLOCK_D, BLOCK_N, TILE) + D_row * x_row
+                    y_row = tl.sum(state * C_row, 1) + D_row * x_row
                     store_masked(
                         dz_at + (lane * dz[3] + u * POS[8]),
                         dy_row * y_row * open_ * (1.0 + gate * (1.0 - open_)),
@@ -392,10 +391,10 @@ def scan_backward_kernel(
                         tl.store(_tile_at(dkeep, batch, edit, d, n), adjoint * unedited, mask=tile_there)
                         adjoint *= _load_tile(keep, batch, edit, d, n, tile_there)
                 put(products[u % 2], adjoint * (step * x_row)[:, None])
-                through_B = sum_over_states(adjoint * B_row, BLOCK_D, BLOCK_N, TILE)
+                through_B = tl.sum(adjoint * B_row, 1)
                 carry = A_bar * adjoint
                 through_A = carry * previous
-                ddelta_row = sum_over_states(through_A * A2, BLOCK_D, BLOCK_N, TILE) * LN2 + x_row * through_B
+                ddelta_row = tl.sum(through_A * A2, 1) * LN2 + x_row * through_B
                 dA += through_A * step[:, None]
                 dD += dy_row * x_row
                 if SOFTPLUS:

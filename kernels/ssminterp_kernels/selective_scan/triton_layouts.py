@@ -55,10 +55,6 @@ if INTERPRETED:
         return tl.full((BLOCK_D,), value, tl.float32)
 
     @no_type_check
-    def sum_over_states(tile, BLOCK_D, BLOCK_N, TILE):
-        return tl.sum(tile, 1)
-
-    @no_type_check
     def state_numbers_across(BLOCK_N, ACROSS):
         return tl.arange(0, BLOCK_N)
 
@@ -142,17 +138,6 @@ else:
     @no_type_check
     def full_row(value, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
         return gl.full([BLOCK_D], value, gl.float32, gl.SliceLayout(1, TILE))
-
-    @jit
-    @no_type_check
-    def sum_over_states(tile, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr):
-        """[BLOCK_D]; in four strands, because every addition waits for the one before it."""
-        if BLOCK_N >= 16:
-            strands = gl.sum(gl.reshape(tile, [BLOCK_D, 4, BLOCK_N // 4]), 2)
-            sums = gl.convert_layout(gl.sum(strands, 1), gl.SliceLayout(1, TILE))
-        else:
-            sums = gl.sum(tile, 1)
-        return sums
 
     @jit
     @no_type_check
