@@ -16,6 +16,7 @@ from ssminterp_kernels.selective_scan.triton_math import (
     count_before,
     load_A2,
     load_channels,
+    load_masked,
     load_tile,
     position_or_never,
     program_place,
@@ -31,20 +32,26 @@ from ssminterp_kernels.selective_scan.triton_math import (
 
 @triton.jit
 @no_type_check
-def _load_rows(delta_rows, dy_rows, z_rows, z, t0, first, stop, there, POS: tl.constexpr, UNROLL: tl.constexpr):
-    """delta, dy and z (zeros if there is none) at UNROLL positions from t0 on; zeros outside of first..stop."""
-    delta_at = delta_rows + t0 * POS[0]
-    dy_at = dy_rows + t0 * POS[1]
-    z_at = z_rows + t0 * POS[3]
+def _load_rows(
+    delta_rows, dy_rows, z_rows, z, t0, first, stop, there, POS: tl.constexpr, MASK: tl.constexpr, UNROLL: tl.constexpr
+):
+    """delta, dy and z (zeros if there is none) at UNROLL positions from t0 on, or from first on if t0 lies before it.
+
+    MASK: zeros from stop on.
+    """
+    at = tl.maximum(t0, first)
+    delta_at = delta_rows + at * POS[0]
+    dy_at = dy_rows + at * POS[1]
+    z_at = z_rows + at * POS[3]
     rows = ()
     for u in tl.static_range(UNROLL):
-        mask = there & (t0 + u >= first) & (t0 + u < stop)
-        rows = rows + (tl.load(delta_at + u * POS[0], mask=mask, other=0.0),)
-        rows = rows + (tl.load(dy_at + u * POS[1], mask=mask, other=0.0),)
+        mask = there & (at + u < stop)
+        rows = rows + (load_masked(delta_at + u * POS[0], mask, MASK),)
+        rows = rows + (load_masked(dy_at + u * POS[1], mask, MASK),)
         if z is None:
             rows = rows + (0.0,)
         else:
-            rows = rows + (tl.load(z_at + u * POS[3], mask=mask, other=0.0),)
+            rows = rows + (load_masked(z_at + u * POS[3], mask, MASK),)
     return rows
 
 
@@ -75,6 +82,8 @@ def scan_adjoint_kernel(
     zero,
     POS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -84,7 +93,8 @@ def scan_adjoint_kernel(
     If decays is given: future is None, and a chunk's effect on the adjoint after it goes to decays and locals_ [batch,
     chunks, d_inner, d_state], for all chunks but the first, which none precedes: n_chunks counts the others. Else
     dLoss/dstate_t goes to adjoints [batch, n_emitted, d_inner, d_state], at emitted_positions (positions, n_emitted) or
-    at all positions if that is None. POS: the strides of the position axes of delta, dy, C and z.
+    at all positions if that is None. POS: the strides of the position axes of delta, dy, C and z. MASK: some
+    block of UNROLL positions or BLOCK_D channels is not full; MASK_N: d_state is less than BLOCK_N.
     """
     batch, chunk, _block, group, d, there = program_place(n_blocks, n_chunks, group_size, BLOCK_D)
     if decays is not None:
@@ -112,13 +122,13 @@ def scan_adjoint_kernel(
     stop = tl.minimum(first + chunk_length, length)
     n_blocks_of_time = tl.cdiv(stop - first, UNROLL)
     t0 = first + (n_blocks_of_time - 1) * UNROLL
-    upcoming = _load_rows(delta_rows, dy_rows, z_rows, z, t0, first, stop, there, POS, UNROLL)
+    upcoming = _load_rows(delta_rows, dy_rows, z_rows, z, t0, first, stop, there, POS, MASK, UNROLL)
     C_ahead = touch_weights(C, batch, group, d_state, t0, stop, POS[2], UNROLL)
     touched = tl.zeros((32,), tl.float32)
     for later in tl.range(0, n_blocks_of_time):
         t0 = first + (n_blocks_of_time - 1 - later) * UNROLL
         rows = upcoming
-        upcoming = _load_rows(delta_rows, dy_rows, z_rows, z, t0 - UNROLL, first, stop, there, POS, UNROLL)
+        upcoming = _load_rows(delta_rows, dy_rows, z_rows, z, t0 - UNROLL, first, stop, there, POS, MASK, UNROLL)
         touched += C_ahead
         if t0 > first:
             C_ahead = touch_weights(C, batch, group, d_state, t0 - UNROLL, stop, POS[2], UNROLL)
@@ -128,12 +138,14 @@ def scan_adjoint_kernel(
             edited = any_between(edits_here, edits[2], t0, t0 + UNROLL)
         for u in tl.static_range(UNROLL - 1, -1, -1):
             t = t0 + u
-            step = tl.where(t < stop, step_size(rows[3 * u], bias_row, SOFTPLUS), 0.0)
+            step = step_size(rows[3 * u], bias_row, SOFTPLUS)
+            if MASK:
+                step = tl.where(t < stop, step, 0.0)
             dy_row = rows[3 * u + 1].to(tl.float32)
             if z is not None:
                 gate = rows[3 * u + 2].to(tl.float32)
                 dy_row *= gate * sigmoid(gate)
-            C_row = tl.load(C_at + u * POS[2], mask=n_there & (t < stop), other=0.0).to(tl.float32)
+            C_row = load_masked(C_at + u * POS[2], n_there & (t < stop), MASK or MASK_N).to(tl.float32)
             adjoint = carry + C_row[:, None] * dy_row[None, :]
             adjoint = with_state_gradient(adjoint, t, recorded, dstates, batch, d, n, tile_there & (t < stop), zero)
             if decays is None:

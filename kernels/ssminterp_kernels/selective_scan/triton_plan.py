@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
 import torch
 
+REGISTERS_BACKWARD = 168  # of a thread: what 12 warps on a multiprocessor leave each
+WARPS_BACKWARD = 12
 SEGMENT = 32  # positions between the states that the forward pass leaves for the backward pass: 3 % of all states
 
 
@@ -77,6 +80,38 @@ def plan_scan(
         # Told a limit, the compiler uses all of it to overlap positions; else it guards an occupancy that does not pay.
         max_registers = 255 if warps_in_one_pass * n_chunks <= 8 * n_processors else 168
     return Plan(block_n, block_d, num_warps, unroll, max_registers, group_size, n_blocks, chunk_length, n_chunks)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_backward(
+    batch: int, length: int, d_inner: int, d_state: int, n_groups: int, n_processors: int, unroll: int
+) -> Plan:
+    """Chunks of the length that should be quickest, by what was measured on an H200 (`_cost_of_chunks`)."""
+    plan = plan_scan(batch, length, d_inner, d_state, n_groups, n_processors, unroll, enough_warps=0, warps_wanted=0)
+    warps = plan.programs(batch) * plan.num_warps
+    lengths = {_ceil_div(_ceil_div(length, n), SEGMENT) * SEGMENT for n in range(1, 129)}
+    slots = WARPS_BACKWARD * n_processors
+    chunk_length = min(sorted(lengths, reverse=True), key=lambda each: _cost_of_chunks(warps, length, each, slots))
+    return dataclasses.replace(
+        plan,
+        max_registers=REGISTERS_BACKWARD if plan.block_n <= 16 else None,
+        chunk_length=chunk_length,
+        n_chunks=_ceil_div(length, chunk_length),
+    )
+
+
+def _cost_of_chunks(warps: int, length: int, chunk_length: int, slots: int) -> float:
+    """The backward pass's time in positions of a full GPU: waves of programs, and the pass that summarises chunks.
+
+    A wave that fills a share of the slots takes a third of a full one's time and as much of the rest as its share. To
+    begin a chunk costs what 3 positions do; summarising, a fifth of the pass itself; a short last chunk counts half.
+    """
+    chunks = (_ceil_div(length, chunk_length) + length / chunk_length) / 2
+    waves = warps * chunks / slots
+    whole = int(waves)
+    rest = waves - whole
+    busy = whole + (1 + 2 * rest) / 3 * (rest > 0)
+    return (chunk_length + 3) * busy * (1 if chunk_length >= length else 1.2)
 
 
 def _ceil_div(a: int, b: int) -> int:

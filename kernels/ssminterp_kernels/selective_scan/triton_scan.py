@@ -20,9 +20,8 @@ from ssminterp_kernels.selective_scan.triton_forward import (
 )
 from ssminterp_kernels.selective_scan.triton_layouts import INTERPRETED, layouts_of
 from ssminterp_kernels.selective_scan.triton_math import NUMBER, TILE, WIDE
-from ssminterp_kernels.selective_scan.triton_plan import SEGMENT, Plan, plan_scan, processor_count
+from ssminterp_kernels.selective_scan.triton_plan import SEGMENT, Plan, plan_backward, plan_scan, processor_count
 
-MAXNREG = 168
 BLOCK_T = 4  # positions whose states the backward pass holds in shared memory
 
 
@@ -145,10 +144,10 @@ def forward_plan(s: ScanTensors) -> Plan:
 
 
 def backward_plan(s: ScanTensors) -> Plan:
-    """How the backward pass covers s; to cut time in chunks costs it relatively less than the forward pass."""
+    """How the backward pass covers s."""
     batch, length, d_inner = s.x.shape
     sizes = (batch, length, d_inner, s.A.shape[1], s.B.shape[2], processor_count(s.x.device))
-    return plan_scan(*sizes, unroll=4, enough_warps=12, warps_wanted=24)
+    return plan_backward(*sizes, unroll=8)
 
 
 def _masks(plan: Plan, d_state: int) -> dict[str, bool]:
@@ -302,7 +301,7 @@ def scan_backward(
         BLOCK_T=block_t,
         **tiles,
         **{name.upper(): layout for name, layout in layouts._asdict().items()},
-        **({} if INTERPRETED else {"maxnreg": MAXNREG}),
+        **_register_limit(plan),
     )
     dBC = _sum_parts(dweights, 2 * batch * length * n_groups, plan.n_blocks // n_groups, d_state, s.B.dtype)
     dBC = dBC.view(2, batch, length, n_groups, d_state)
@@ -348,7 +347,15 @@ def _adjoint_options(s: ScanTensors, plan: Plan, dy: Tensor, length: int) -> dic
     names = ("length", "chunk_length", "n_chunks", "n_blocks", "group_size", "d_state", "zero")
     place = dict(zip(names, (*placement(plan, length), s.A.shape[1], 0), strict=True))
     tiles = {"BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "UNROLL": plan.unroll, "num_warps": plan.num_warps}
-    return {**place, "POS": strides_of_pos(s.delta, dy, s.C, s.z), "SOFTPLUS": s.softplus, **tiles}
+    masks = _masks(plan, s.A.shape[1])
+    masks = {"MASK": length % plan.unroll != 0 or masks["MASK_D"], "MASK_N": masks["MASK_N"]}
+    options = {"SOFTPLUS": s.softplus, **masks, **tiles, **_register_limit(plan)}
+    return {**place, "POS": strides_of_pos(s.delta, dy, s.C, s.z), **options}
+
+
+def _register_limit(plan: Plan) -> dict[str, int]:
+    """The plan's limit, unless the interpreter runs, which has no registers."""
+    return {} if INTERPRETED or plan.max_registers is None else {"maxnreg": plan.max_registers}
 
 
 def futures_of_chunks(s: ScanTensors, plan: Plan, dy: Tensor, dstates: Tensor | None, dfinal: Tensor | None) -> Tensor:
