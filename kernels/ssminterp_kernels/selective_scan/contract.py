@@ -48,8 +48,8 @@ def contract_with_adjoint(
 
     The adjoint is that of run b, whose output's gradient is dy and whose final state's is dfinal_state; C and z are
     b's, while A, delta_bias and delta_softplus are those of both. With `sum_d_inner` the sum runs over d_inner as well
-    and the result is [batch, pos], with no [batch, pos, d_inner] in memory. Float32, or float64 for float64 runs. Neither
-    trajectory is ever held in memory.
+    and the result is [batch, pos], with no [batch, pos, d_inner] in memory. Neither trajectory is ever in memory.
+    Float32, or float64 for float64 runs.
 
     Raises ValueError as `selective_scan` does.
     """

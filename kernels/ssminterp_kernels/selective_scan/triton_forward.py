@@ -15,6 +15,7 @@ import triton.language as tl
 from ssminterp_kernels.selective_scan.triton_math import (
     LOG2E,
     NUMBER,
+    STREAMED,
     WIDE,
     advance,
     channel_rows,
@@ -119,7 +120,10 @@ def _load_edit(keep, add, batch, edit, n_edits, d, n, there, tile_there, zero, K
 @no_type_check
 def _store_state(tensor, batch, i, d, n, state, there, tile_there, KIND: tl.constexpr):
     """Write item i of a tensor [batch, i, d_inner, d_state]."""
-    if KIND == WIDE:
+    if KIND == STREAMED:
+        offsets = d[None, :] * tensor[3] + n[:, None] * tensor[4]
+        tl.store(item(tensor, batch, i) + offsets, state, mask=tile_there, cache_modifier=".cs")
+    elif KIND == WIDE:
         store_wide(item(tensor, batch, i), d, tensor[3], state, there)
     else:
         store_state(tensor, batch, i, d, n, state, tile_there)
@@ -256,6 +260,7 @@ def scan_forward_kernel(
                     edit_here = _load_edit(keep, add, batch, edit, edits[2], d, n, there, tile_there, zero, KINDS)
             if recorded is not None:
                 record_at = next_record - t
+                later_record = _position(recorded[0], record + 2, recorded[1])
                 kept = state
             out = ()
             for u in tl.static_range(UNROLL):
@@ -277,7 +282,7 @@ def scan_forward_kernel(
                     _store_state(states, batch, record, d, n, kept, there, tile_there, KINDS[4])
                     record += 1
                     next_record = after_record
-                    after_record = _position(recorded[0], record + 1, recorded[1])
+                    after_record = later_record
             if edits is not None:
                 if next_edit < t + UNROLL:
                     edit += 1

@@ -211,13 +211,17 @@ def scan_forward(s: ScanTensors, save: bool) -> tuple[Tensor, Tensor | None, Ten
     }
     edits, keep, add = edit_table(s.edits), strided(s.keep), strided(s.add)
     start = s.initial_state if s.initial_state is None else s.initial_state.unsqueeze(1)
-    kinds = (_kind(s.A), _kind(s.keep), _kind(s.add), _kind(final_state))
+    kinds = (_kind(s.A), _kind(s.keep), _kind(s.add))
+    # Wide stores take fewer registers, which loops with edits or recorded positions lack, but write half as fast.
+    has_events = s.edits is not None or s.recorded is not None
+    rare = WIDE.value if has_events and _kind(final_state) == WIDE.value else TILE.value
+    stored = (TILE.value if s.record_all else rare, rare)
     if plan.is_chunked:
         decays, starts = (new_states(s, batch, plan.n_chunks) for _ in range(2))
         chunk_summary_kernel[(plan.programs(batch) - batch * plan.n_blocks,)](
             *(strided(s.x), strided(s.delta), strided(s.A), strided(s.B), strided(s.bias), edits, keep, add),
             *(strided(decays), strided(starts), *placement(plan, length), d_state, 0),
-            KINDS=kinds,
+            KINDS=(*kinds, rare),
             **common,
         )
         _combine(decays, starts, s.initial_state, backward=False)
@@ -236,7 +240,7 @@ def scan_forward(s: ScanTensors, save: bool) -> tuple[Tensor, Tensor | None, Ten
         ),
         *(edits, keep, add, position_table(s.recorded), strided(y), strided(states), strided(boundaries)),
         *(strided_state(final_state), *placement(plan, length), d_state, 0),
-        KINDS=(*kinds[:3], _kind(start), _kind(states), _kind(final_state)),
+        KINDS=(*kinds, _kind(start), *stored),
         RECORD_ALL=s.record_all,
         SEGMENT=SEGMENT if boundaries is not None else 0,
         **common,
