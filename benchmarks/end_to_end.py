@@ -2,6 +2,7 @@
 
     python benchmarks/end_to_end.py                 # mamba-370m's shape on the GPU, about a minute on an H200
     python benchmarks/end_to_end.py --device cpu    # mamba-130m's shape, small inputs
+    python benchmarks/end_to_end.py --compiled      # decoding of compiled models alone: minutes, most of them compiling
 
 Random weights, no TF32; medians of repeated, interleaved runs, by the clock, with the device waited for. "Without its
 scan" is the same code where the scan returns its input. Decoding is the difference between generating many tokens and
@@ -159,9 +160,30 @@ def decoding_row(plain: Any, model: HookedMamba, batch: int, n_tokens: int, devi
     }
 
 
+@torch.no_grad()
+def compiled_row(name: str, mode: str, device: str, n_tokens: int = 64) -> dict[str, Any]:
+    """Time per new token of generate with a compiled backbone, in ms, and seconds until the first text was there."""
+    _, model = build(name, torch.bfloat16, device)
+    tokens = torch.randint(1, VOCAB, (1, 16), device=device)
+
+    def generate(new: int) -> Tensor:
+        return model.generate(tokens, new, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+    eager = generate(8)
+    model.lm.backbone.compile(mode=mode)
+    start = time.perf_counter()
+    agreed = int((generate(8) == eager).sum()) - tokens.shape[1]
+    seconds = time.perf_counter() - start
+    times = medians({"1": lambda: generate(1), "many": lambda: generate(n_tokens + 1)}, device)
+    per_token = (times["many"] - times["1"]) / n_tokens
+    row = {"model": name, "mode": mode, "compiled_ms": per_token, "tokens_per_s": 1e3 / per_token}
+    return row | {"compiling_s": seconds, "tokens_as_eager_of_8": agreed}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--compiled", action="store_true", help="time the decoding of compiled models, nothing else")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     chosen = parser.parse_args()
     device = chosen.device
@@ -174,7 +196,9 @@ def main() -> None:
     names, batches, n_tokens = DECODING[device]
     started = time.perf_counter()
     rows: dict[str, list[dict[str, Any]]] = {"forward": [], "decoding": []}
-    for dtype in DTYPES[device]:
+    if chosen.compiled:
+        rows = {"compiled": [compiled_row(names[0], mode, device) for mode in ("default", "reduce-overhead")]}
+    for dtype in () if chosen.compiled else DTYPES[device]:
         for name in names:
             described = {"model": name, "dtype": str(dtype).removeprefix("torch.")}
             plain, model = build(name, dtype, device)
@@ -194,7 +218,7 @@ def main() -> None:
         **{"threads": torch.get_num_threads(), "seconds": round(time.perf_counter() - started), **rows},
     }
     print({key: value for key, value in result.items() if key not in rows})
-    out = chosen.out or Path(__file__).parent / "results" / f"end_to_end_{device}.json"
+    out = chosen.out or Path(__file__).parent / "results" / f"end_to_end_{'compiled_' * chosen.compiled}{device}.json"
     out.parent.mkdir(exist_ok=True, parents=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
 

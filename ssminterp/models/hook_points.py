@@ -94,6 +94,10 @@ class HookPoint(nn.Module):
     @property
     def is_listened_to(self) -> bool:
         """Whether anything would see the tensor: functions, recorders, torch's own hooks or an nnsight trace."""
+        return self.has_listeners()
+
+    def has_listeners(self) -> bool:
+        """What `is_listened_to` says; kinds of hook points that have more to ask extend it."""
         return not self.is_idle and bool(self.recorders or self.is_read_from_outside or self.acting)
 
     @property

@@ -103,8 +103,10 @@ def read_out(y: Float[Tensor, "batch pos d_inner"], arguments: ScanArguments) ->
 def _position_first(arguments: ScanArguments) -> _Tensors:
     dtype = arguments.state_dtype
     batch, _, d_inner, d_state = arguments.sizes
-    in_time = (arguments.x, step_size(arguments), arguments.B, arguments.C)
+    in_time = (arguments.x, arguments.delta, arguments.B, arguments.C)
     x, delta, B, C = (tensor.to(dtype).transpose(0, 1).contiguous() for tensor in in_time)
+    # After the transposition: torch.compile expects gradients of softplus in the layout of its input.
+    delta = step_size(arguments._replace(delta=delta))
     initial_state = arguments.initial_state
     if initial_state is None:
         initial_state = torch.zeros(batch, d_inner, d_state, dtype=dtype, device=x.device)

@@ -32,9 +32,8 @@ class StateHookPoint(HookPoint):
         """Whether an nnsight trace that runs now waits for the trajectory or for the state at some position."""
         return is_requested(self, by_name=True) or self.at.is_requested
 
-    @property
-    def is_listened_to(self) -> bool:
-        return super().is_listened_to or self.at.is_requested
+    def has_listeners(self) -> bool:
+        return super().has_listeners() or self.at.is_requested
 
     def __call__(self, tensor: Tensor) -> Tensor:
         # What is shown must not be changed, so it need not be a copy; whoever shows it checks.
@@ -102,7 +101,8 @@ class PositionsOfOneScan:
         waited_for = [
             self._local(p) for p, module in self.made.items() if p not in self.passed and is_requested(module)
         ]
-        return min((p for p in waited_for if 0 <= p < self.length), default=None)
+        to_come = [p for p in waited_for if 0 <= p < self.length]
+        return min(to_come) if to_come else None
 
     def show(self, p: int, state: Float[Tensor, "batch d_inner d_state"]) -> Float[Tensor, "batch d_inner d_state"]:
         """The state at position p of the scan as traces leave it."""

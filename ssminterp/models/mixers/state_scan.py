@@ -117,12 +117,14 @@ def scan_with_state_hooks(
     nnsight trace waits for.
     """
     batch, length, d_inner = x.shape
-    positions = PositionsOfOneScan(hook.at, length, 0 if hook.window is None else hook.window.begin)
     if not hook.is_listened_to:
-        positions.pass_by(length)
+        hook.at.changed.clear()
+        if hook.at.made:
+            _positions(hook, length).pass_by(length)
         hook.pass_by()
         out = scan(0, length, initial_state, None, None)
         return out.y, out.final_state
+    positions = _positions(hook, length)
     work = state_work(hook, length)
     for function in work.all_writers:
         if isinstance(function, AffineStateHook):
@@ -137,6 +139,10 @@ def scan_with_state_hooks(
     else:
         _show_states(hook, work, out.states)
     return out.y, out.final_state
+
+
+def _positions(hook: StateHookPoint, length: int) -> PositionsOfOneScan:
+    return PositionsOfOneScan(hook.at, length, 0 if hook.window is None else hook.window.begin)
 
 
 def scan_with_writers(
