@@ -72,7 +72,7 @@ def selective_scan_step(
         from ssminterp_kernels.scan_step.triton_step import triton_step
 
         return StepOutput(*triton_step(tensors, delta_softplus, in_place))
-    return StepOutput(*torch_step(*tensors, delta_softplus, in_place))
+    return StepOutput(*torch_step(tensors, delta_softplus, in_place))
 
 
 def _differentiable(s: StepTensors, softplus: bool, backend: Backend) -> StepOutput:
