@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+import transformers
 
 
 def versions() -> dict[str, str]:
@@ -13,4 +14,4 @@ def versions() -> dict[str, str]:
         own = version("ssminterp")
     except PackageNotFoundError:
         own = "source tree, not installed"
-    return {"torch": str(torch.__version__), "transformers": version("transformers"), "ssminterp": own}
+    return {"torch": str(torch.__version__), "transformers": transformers.__version__, "ssminterp": own}

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaRMSNorm
-from transformers.models.mamba.modeling_mamba import MambaRMSNorm
 
+from ssminterp.models.norm import FusedRMSNorm
 from ssminterp.patching.stages import Past, ScanInputs, Stages, is_plain
 from ssminterp_kernels import rows
 
@@ -21,7 +20,7 @@ class CompiledStages(Stages):
 
     def normed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         norm = self.block.norm
-        if type(norm) not in (MambaRMSNorm, FalconMambaRMSNorm) or norm._forward_hooks or hasattr(norm, "_hf_hook"):
+        if type(norm) is not FusedRMSNorm or norm._forward_hooks or hasattr(norm, "_hf_hook"):
             return super().normed(resid)
         return rows.normed(resid.flatten(0, -2), norm.weight, norm.variance_epsilon).view(resid.shape)
 

@@ -36,6 +36,8 @@ from ssminterp.patching.storage import Results
 
 # With out=, an interrupted sweep loses at most about this part of its work.
 PARTS_WITH_FOLDER = 20
+# On the CPU, logits that are held at once: more leave the caches.
+CPU_LOGITS = 4_000_000
 
 
 class ResumeEngine:
@@ -52,6 +54,8 @@ class ResumeEngine:
         self.limits = limits
         self.readout = Readout.of(sweep.model, metrics, sweep.batch, sweep.length)
         self.max_logits = int(LOGITS_SHARE * limits.total / 16)
+        if sweep.model.device.type == "cpu":
+            self.max_logits = min(self.max_logits, CPU_LOGITS)
         self.parts = PARTS_WITH_FOLDER if in_parts else 1
         self._base_residual: Tensor | None = None
         self._prepared: tuple[Job, Records] | None = None

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ssminterp.models.mixers.mamba1 import HookedMambaMixer, weights_at_hand
 from ssminterp_kernels.selective_scan import selective_scan
 
-# On the CPU, tokens × d_inner that go through a layer together: what one stage writes is then at hand for the next.
+# On the CPU, tokens × d_inner for each thread that go through a layer together: what one stage writes is then at hand
+# for the next.
 CPU_BLOCK_ELEMENTS = 600_000
 
 
@@ -96,7 +97,7 @@ class Stages:
         """How many tiles of rows go through the layer together: on the CPU, what fits into the caches."""
         per_tile = self.n * suffix * self.mixer.d_inner
         on_cpu = self.past.state.device.type == "cpu"
-        return max(1, CPU_BLOCK_ELEMENTS // per_tile) if on_cpu else sys.maxsize
+        return max(1, CPU_BLOCK_ELEMENTS * torch.get_num_threads() // per_tile) if on_cpu else sys.maxsize
 
     def normed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         return self.block.norm(resid.to(self.block.norm.weight.dtype))

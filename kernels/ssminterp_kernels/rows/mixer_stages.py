@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +12,10 @@ from torch import Tensor
 from ssminterp_kernels.rows.layout import GROUP, LANES
 from ssminterp_kernels.selective_scan.cpu_threads import run_on_threads
 
-# Elements, about 0.1 ms of them: what a thread must find to do to be worth waking.
-_WORK_PER_THREAD = 30_000
+# What a thread must find to do to be worth waking, which takes about half as long.
+_SECONDS_PER_THREAD = 100e-6
+# Seconds that one channel at one position takes, per state coordinate where there are states.
+_CONV, _NORM, _UPDATE, _CARRIED = 0.25e-9, 0.12e-9, 0.15e-9, 1e-9
 
 
 class RowScan(NamedTuple):
@@ -29,7 +30,7 @@ class RowScan(NamedTuple):
     dt_weight: Float[Tensor, "dt_rank d_inner"]
     bias: Float[Tensor, " d_inner"]
     past: Float[Tensor, "n n_blocks d_state lanes"]
-    kept: Sequence[int] | None
+    kept: list[int] | None
 
     @staticmethod
     def of(
@@ -38,7 +39,7 @@ class RowScan(NamedTuple):
         dt_weight: Float[Tensor, "d_inner dt_rank"],
         bias: Float[Tensor, " d_inner"] | None,
         past: Float[Tensor, "n d_inner d_state"],
-        kept: Sequence[int] | None,
+        kept: list[int] | None,
     ) -> RowScan:
         """From tensors as a mixer has them."""
         bias = torch.zeros_like(D) if bias is None else bias.contiguous()
@@ -46,9 +47,10 @@ class RowScan(NamedTuple):
 
     def table(self, length: int) -> np.ndarray[Any, np.dtype[np.int32]]:
         """The place of every position among those that are kept, or -1."""
+        if self.kept is None:
+            return np.arange(length, dtype=np.int32)
         places = np.full(length, -1, np.int32)
-        chosen = list(range(length) if self.kept is None else self.kept)
-        places[chosen] = np.arange(len(chosen))
+        places[self.kept] = np.arange(len(self.kept))
         return places
 
 
@@ -85,7 +87,7 @@ def conv_silu(
     """SiLU of the causal depthwise conv. window: the d_conv - 1 inputs before each site. taps: oldest first."""
     x = torch.empty(in_x.shape)
     bias = torch.zeros(in_x.shape[2]) if bias is None else bias
-    _run("conv_silu", len(in_x), x.numel(), in_x, window, taps.contiguous(), bias, x)
+    _run("conv_silu", len(in_x), _CONV * x.numel(), in_x, window, taps.contiguous(), bias, x)
     return x
 
 
@@ -100,7 +102,7 @@ def scanned_rows(
     """(y + D x) · SiLU(gate) of every row, from its site's past."""
     gated, kept = torch.empty(gate.shape), scan.table(x.shape[1])
     inputs = (x, dt, True, scan.dt_weight, scan.bias, B, C, scan.rate, scan.D, gate, scan.past, kept, gated)
-    _run("scanned_rows", len(x), x.numel() * scan.past.shape[2], *inputs)
+    _run("scanned_rows", len(x), _UPDATE * x.numel() * scan.past.shape[2], *inputs)
     return gated
 
 
@@ -128,9 +130,9 @@ def forked_rows(
     starts = (first.x, first.delta, first.raw, first.B, first.C, given, states)
     inputs = (base.x, base.delta, scan.dt_weight, scan.bias, base.B, base.C, scan.rate, scan.D, gate)
     gates = torch.empty(0, d_inner) if first_gate is None else first_gate
-    work = len(gated) * length * d_inner
+    seconds = _CARRIED * len(gated) * length * d_inner
     kept = scan.table(length)
-    _run("forked_rows", n * groups, work, *starts, *inputs, gates, scan.past, kept, gated)
+    _run("forked_rows", n * groups, seconds, *starts, *inputs, gates, scan.past, kept, gated)
 
 
 def recorded_states(
@@ -147,7 +149,7 @@ def recorded_states(
     delta: Δ itself. slots: the row of `out` for the state there, or -1.
     """
     inputs = (x, delta, B, _rate(A), before, slots.int().contiguous(), out)
-    _run("recorded_states", len(x), x.numel() * A.shape[1], *inputs)
+    _run("recorded_states", len(x), _UPDATE * x.numel() * A.shape[1], *inputs)
 
 
 def normed(
@@ -157,17 +159,17 @@ def normed(
     out = torch.empty(resid.shape)
     rows_per_task = 64
     arrays = (rows_per_task, resid.contiguous(), weight, epsilon, out)
-    _run("normed", -(-len(resid) // rows_per_task), resid.numel(), *arrays)
+    _run("normed", -(-len(resid) // rows_per_task), _NORM * resid.numel(), *arrays)
     return out
 
 
-def _run(name: str, n_tasks: int, work: int, *arguments: Any) -> None:
+def _run(name: str, n_tasks: int, seconds: float, *arguments: Any) -> None:
     """Run all tasks of a kernel, on torch's number of threads if there is enough to do for all of them."""
     from ssminterp_kernels.rows import kernels  # on first use: numba takes a moment to import
 
     kernel = kernels.compiled(name)
     n_threads = torch.get_num_threads()
-    if n_tasks < 2 or work < _WORK_PER_THREAD * n_threads:
+    if n_tasks < 2 or seconds < _SECONDS_PER_THREAD * n_threads:
         n_threads = 1
     arrays = [_in_lines(a).detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
     counter = np.zeros(1, np.int64)
