@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ssminterp.models.mixers.mamba1 import HookedMambaMixer, weights_at_hand
+from ssminterp_kernels.causal_conv import Activation, causal_conv
 from ssminterp_kernels.selective_scan import selective_scan
 
 # On the CPU, tokens × d_inner for each thread that go through a layer together: what one stage writes is then at hand
@@ -119,28 +120,17 @@ class Stages:
 
     def activated(self, in_x: Float[Tensor, "rows pos d_inner"]) -> Float[Tensor, "rows pos d_inner"]:
         """x from in_x."""
-        return self.mixer.act(self.conv(in_x))
+        if self.mixer.config.hidden_act not in ("silu", "swish"):
+            return self.mixer.act(self.conv(in_x))
+        return self._conv(in_x, "silu")
 
     def conv(self, in_x: Float[Tensor, "rows pos d_inner"]) -> Float[Tensor, "rows pos d_inner"]:
-        """The conv with its bias, as shifted sums: rows are short and many."""
-        last, length = len(self.taps) - 1, in_x.shape[1]
-        conv = in_x * self.taps[last]
-        if self.conv_bias is not None:
-            conv += self.conv_bias
-        for back in range(1, min(last + 1, length)):
-            conv[:, back:].addcmul_(in_x[:, :-back], self.taps[last - back])
-        early = self._from_window(min(last, length))
-        conv.unflatten(0, (-1, self.n))[:, :, : early.shape[1]] += early
-        return conv
+        return self._conv(in_x, None)
 
-    def _from_window(self, length: int) -> Float[Tensor, "n pos d_inner"]:
-        """What the inputs before the site add to the conv at the first positions."""
-        last = len(self.taps) - 1
-        early = self.past.window.new_zeros(self.n, length, self.past.window.shape[2])
-        for back in range(1, last + 1):
-            reached = min(back, length)
-            early[:, :reached] += self.past.window[:, last - back :][:, :reached] * self.taps[last - back]
-        return early
+    def _conv(self, in_x: Float[Tensor, "rows pos d_inner"], activation: Activation) -> Tensor:
+        """The conv with its bias, of rows that go on from the windows of their sites."""
+        window = tiled(self.past.window, len(in_x) // self.n).transpose(1, 2)
+        return causal_conv(in_x, self.taps.T, self.conv_bias, activation=activation, window=window).y
 
     def conv_taps(self, in_x: Float[Tensor, "n d_inner"]) -> Float[Tensor, "n d_inner d_conv"]:
         """The conv's terms at position 0, oldest token first."""
