@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from hypothesis import given
@@ -437,6 +436,8 @@ def test_a_batch_that_would_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_hugging_face_dataset(tmp_path: Path) -> None:
+    import datasets  # takes seconds
+
     rows = datasets.Dataset.from_dict({"text": TEXTS})
     check_rows(collect(tmp_path / "whole", rows))
     check_rows(collect(tmp_path / "stream", rows.to_iterable_dataset()))
