@@ -41,7 +41,7 @@ class HookedModel(nn.Module):
         self.hook_points, undo = install_hooks(lm)
         with undo:
             if plain is not None:
-                check_parity(plain, logits_of(lm), self.cfg.dtype, model_name)
+                check_parity(plain, logits_of(lm), lm, model_name)
             undo.pop_all()
 
     # --- what there is -----------------------------------------------------------------------------------------------

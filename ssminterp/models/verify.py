@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -53,14 +53,27 @@ def logits_of(hf_model: PreTrainedModel) -> Tensor:
             module.training = training
 
 
-def check_parity(plain: Tensor, hooked: Tensor, dtype: torch.dtype, name: str) -> None:
-    """Raises ValueError, with both sides, if the hooked logits are not the plain ones."""
+def check_parity(plain: Tensor, hooked: Tensor, hf_model: PreTrainedModel, name: str) -> None:
+    """Raises ValueError, with both sides and a likely reason, if the hooked logits are not the plain ones."""
     difference = (plain - hooked).abs().max().item()
-    tolerance = TOLERANCE[dtype] * max(1.0, plain.abs().max().item())
+    tolerance = TOLERANCE[hf_model.dtype] * max(1.0, plain.abs().max().item())
     if not difference <= tolerance:
         raise ValueError(
             f"hooked logits of {name} differ from plain transformers' by {difference:.3g} "
-            f"(allowed {tolerance:.3g}, {dtype}): "
-            f"plain {plain.flatten()[:3].tolist()}, hooked {hooked.flatten()[:3].tolist()}. This transformers release "
-            "may compute its mixer differently; verify=False loads the model all the same"
+            f"(allowed {tolerance:.3g}, {hf_model.dtype}): "
+            f"plain {plain.flatten()[:3].tolist()}, hooked {hooked.flatten()[:3].tolist()}. {_reason(hf_model)}; "
+            "verify=False loads the model all the same"
         )
+
+
+def _reason(hf_model: PreTrainedModel) -> str:
+    """Plain transformers takes dt_proj's and conv1d's weights instead of calling them, and so passes adapters by."""
+    plain = {"dt_proj": nn.Linear, "conv1d": nn.Conv1d}
+    mixers = [block.mixer for block in hf_model.backbone.layers]
+    adapted = [name for name, kind in plain.items() if any(type(getattr(mixer, name)) is not kind for mixer in mixers)]
+    if adapted:
+        return (
+            f"An adapter changes {' and '.join(adapted)}. It acts in a hooked model, but plain transformers goes past "
+            "it: merge it (merge_and_unload), and it acts in both"
+        )
+    return "This transformers release may compute its mixer differently"

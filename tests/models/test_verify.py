@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES, random_tokens, tiny_model
 from torch import Tensor
 
@@ -34,6 +35,19 @@ def test_a_mixer_that_computes_something_else_is_refused(family: str) -> None:
     assert dict(plain.named_modules()) == modules
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
     assert torch.equal(plain(TOKENS).logits, expected)
+
+
+@torch.no_grad()
+def test_an_adapter_that_plain_transformers_goes_past_is_named() -> None:
+    """dt_proj is not called there. Merged, it acts in both."""
+    config = LoraConfig(r=2, target_modules=["dt_proj"], init_lora_weights=False)
+    with pytest.raises(ValueError, match=r"adapter changes dt_proj\. .*merge_and_unload.*verify=False"):
+        HookedMamba.from_hf(get_peft_model(tiny_model(), config))
+    adapted = get_peft_model(tiny_model(), config).eval()
+    seen = HookedMamba.from_hf(adapted, verify=False)(TOKENS)
+    merged = HookedMamba.from_hf(adapted.merge_and_unload())
+    torch.testing.assert_close(merged(TOKENS), seen, atol=1e-4, rtol=1e-4)
+    assert (seen - tiny_model()(TOKENS).logits).abs().max() > 0.1
 
 
 @pytest.mark.usefixtures("wrong_mixer")
