@@ -23,7 +23,7 @@ CPU_PASS_ELEMENTS = 12_000_000
 # But at least so many rows, because every pass runs a base row through all layers.
 CPU_LEAST_ROWS = 32
 # Multiply-adds of matrix products in the time that a layer's Python and launches take: what padding may waste.
-IDLE_WORK = {"cuda": 7e9, "cpu": 4e6}
+IDLE_WORK = {"cuda": 3e10, "cpu": 4e6}
 # On the CPU, reading a layer's weights takes about as long as to multiply so many tokens by them.
 CPU_WEIGHT_TOKENS = 10
 

@@ -240,7 +240,7 @@ class Stages:
 
 def read(state: Float[Tensor, "rows d_inner d_state"], C: Float[Tensor, "rows d_state"]) -> Tensor:
     """What C reads from the state."""
-    return (state @ C[..., None].float())[..., 0]
+    return (state @ C[..., None].to(state.dtype))[..., 0]
 
 
 def tiled(tensor: Float[Tensor, "n *features"], tiles: int) -> Float[Tensor, "rows *features"]:
