@@ -53,7 +53,7 @@ def build(name: str, dtype: torch.dtype, device: str) -> tuple[MambaForCausalLM,
     torch.manual_seed(0)
     with torch.device(device):
         plain = MambaForCausalLM(MambaConfig(**SHAPES[name], state_size=16, vocab_size=VOCAB)).eval().to(dtype)
-    return plain, HookedMamba.from_hf(copy.deepcopy(plain))
+    return plain, HookedMamba.from_hf(copy.deepcopy(plain), verify=False)
 
 
 @contextmanager

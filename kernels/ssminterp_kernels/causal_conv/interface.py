@@ -37,8 +37,8 @@ def causal_conv(
 ) -> ConvOutput:
     """y_t = bias + sum over j of weight_j · x_{t - (d_conv - 1) + j}, through SiLU if `activation` is "silu".
 
-    Sums are made in float32 (float64 for float64 inputs) whatever the dtype of the inputs, whose strides may be any.
-    y is differentiable, once, with respect to every tensor argument.
+    Sums are made in float32 (float64 for float64 inputs) whatever the dtype of the inputs, and rounded to it before the
+    activation. Strides may be any. y is differentiable, once, with respect to every tensor argument.
 
     weight: the newest input's tap is the last, as in `torch.nn.Conv1d`, whose weight is this with an axis of size 1.
     window: the inputs before position 0, newest last, at least d_conv - 1 of them; zeros if None.

@@ -49,7 +49,8 @@ def torch_conv_step(
         y.addcmul_(window[..., window.shape[2] - d_conv + 1 + tap].to(wide), weight[:, tap].to(wide))
     if bias is not None:
         y += bias
-    y = (F.silu(y, inplace=True) if silu else y).to(x.dtype)
+    y = y.to(x.dtype)
+    y = F.silu(y, inplace=True) if silu else y
     return y, window.copy_(after) if in_place else after
 
 
@@ -89,10 +90,11 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | No
         here = source[:, first : stop + before].to(wide)
         target = y[:, start:stop] if x.dtype == wide else here.new_empty(batch, stop - start, d_inner)
         _sum_into(target, here, taps, bias)
-        if silu:
-            F.silu(target, inplace=True)
         if x.dtype != wide:
             y[:, start:stop] = target
+        if silu:
+            # After rounding, as where SiLU is not fused: what is computed does not depend on who looks at the conv.
+            F.silu(y[:, start:stop], inplace=True)
     return y
 
 
@@ -126,7 +128,7 @@ class _Conv(torch.autograd.Function):
         source, before = _source(x.to(wide), window, d_conv)
         dsum = dy.to(wide)
         if ctx.silu:
-            sums = _forward(x.to(wide), weight, bias, window, silu=False)
+            sums = _forward(x, weight, bias, window, silu=False).to(wide)
             gate = torch.sigmoid(sums)
             dsum = dsum * gate * (1 + sums * (1 - gate))
         dsource = torch.zeros_like(source)

@@ -3,6 +3,8 @@
 A program works on a tile [BLOCK_T, BLOCK_D] of positions and channels. It loads one shifted tile per tap, of which all
 but the first come out of the L1 cache. Tensors come as tuples (pointer, stride of each axis), absent ones as None;
 `window` is [batch, d_inner, width], the inputs before position 0, newest last.
+
+Sums are rounded before SiLU, as they are where it is not fused: what is computed does not depend on who looks at them.
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ def conv_forward_kernel(
         inputs = _inputs_at(x, window, width, batch, t - (D_CONV - 1) + j, d, there, length)
         total += _tap(weight, j, d, there)[None, :] * inputs
     if SILU:
+        total = total.to(y[0].dtype.element_ty).to(tl.float32)
         total *= sigmoid(total)
     rows = y[0] + batch * y[1] + t[:, None] * y[2] + d[None, :] * y[3]
     tl.store(rows, total, mask=(t < length)[:, None] & there[None, :])
@@ -127,6 +130,7 @@ def conv_backward_kernel(
                 total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32) + bias_row[None, :]
                 for j in tl.static_range(D_CONV):
                     total += _tap(weight, j, d, there)[None, :] * inputs[s + j]
+                total = total.to(dy[0].dtype.element_ty).to(tl.float32)
                 gate = sigmoid(total)
                 dsum *= gate * (1.0 + total * (1.0 - gate))
                 # Where nothing counts, an infinite input of a neighbour must not make 0 · inf of it.
@@ -180,6 +184,7 @@ def conv_step_kernel(
     for j in tl.static_range(D_CONV - 1):
         total += _tap(weight, j, d, there) * kept[WIDTH - (D_CONV - 1) + j].to(tl.float32)
     if SILU:
+        total = total.to(y[0].dtype.element_ty).to(tl.float32)
         total *= sigmoid(total)
     tl.store(y[0] + batch * y[1] + d * y[2], total, mask=there)
     # Other threads may read what is about to be overwritten.
