@@ -121,21 +121,25 @@ class Selection:
             if axis is None:
                 raise ValueError(f"{point.name} has axes {' '.join(point.spec.axes)}: it has no {label} to choose from")
             after = len(axes) - 1 - axes.index(axis)
-            mask = _index_mask(chosen, model.cfg.axis_size(axis), f"{label} of {point.name}")
+            mask = index_mask(chosen, model.cfg.axis_size(axis), f"{label} of {point.name}")
             masks.append(mask.reshape(-1, *(1,) * after))
         return None if not masks else masks[0] if len(masks) == 1 else masks[0] & masks[1]
 
     def batch_mask(self, batch: int) -> Bool[Tensor, " batch"] | None:
         """Which examples are chosen; None if all are. Raises ValueError if one is out of range."""
-        return None if self.batch is None else _index_mask(self.batch, batch, "batch")
+        return None if self.batch is None else index_mask(self.batch, batch, "batch")
 
 
-def _index_mask(indices: Indices, size: int, what: str) -> Bool[Tensor, " size"]:
+def index_mask(indices: Indices | Tensor, size: int, what: str) -> Bool[Tensor, " size"]:
+    """True at some indices of an axis, negative ones counted from the end.
+
+    Raises ValueError, naming `what`, if one is out of range or none is left.
+    """
     mask = torch.zeros(size, dtype=torch.bool)
     if isinstance(indices, slice):
         mask[indices] = True
     else:
-        wanted = [indices] if isinstance(indices, int) else [int(i) for i in indices]
+        wanted = torch.as_tensor(indices, dtype=torch.long).reshape(-1).tolist()
         outside = [i for i in wanted if not -size <= i < size]
         if outside:
             raise ValueError(f"{what}: {outside} are out of range, there are {size} (0 to {size - 1})")

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from ssminterp.interventions.selection import index_mask
 from ssminterp.models.config import ModelConfig
 from ssminterp.models.hook_points import HookSpec
 
@@ -90,14 +91,4 @@ def _masks(argument: str, groups: Groups, size: int) -> dict[str, Bool[Tensor, "
         return {str(i): row for i, row in enumerate(torch.eye(size, dtype=torch.bool))}
     if not groups:
         raise ValueError(f"{argument} is empty: name at least one group, or 'each'")
-    masks: dict[str, Tensor | None] = {}
-    for label, indices in groups.items():
-        chosen = torch.as_tensor(indices).reshape(-1).tolist()
-        outside = [i for i in chosen if not -size <= i < size]
-        if outside or not chosen:
-            what = f"holds {outside}, out of range" if outside else "is empty"
-            raise ValueError(f"{argument}[{label!r}] {what}: there are {size} (0 to {size - 1})")
-        mask = torch.zeros(size, dtype=torch.bool)
-        mask[chosen] = True
-        masks[str(label)] = mask
-    return masks
+    return {str(label): index_mask(indices, size, f"{argument}[{label!r}]") for label, indices in groups.items()}
