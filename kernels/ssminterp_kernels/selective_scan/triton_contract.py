@@ -29,7 +29,6 @@ from ssminterp_kernels.selective_scan.triton_math import (
 )
 from ssminterp_kernels.selective_scan.triton_plan import SEGMENT
 from ssminterp_kernels.selective_scan.triton_scan import (
-    BLOCK_T,
     backward_plan,
     futures_of_chunks,
     placement,
@@ -39,6 +38,8 @@ from ssminterp_kernels.selective_scan.triton_scan import (
     strided_state,
     strides_of_pos,
 )
+
+BLOCK_T = 2  # positions whose differences of states are held in registers; more of them spill
 
 
 @triton.jit
