@@ -20,7 +20,8 @@ class CompiledStages(Stages):
 
     def normed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         norm = self.block.norm
-        if type(norm) is not FusedRMSNorm or norm._forward_hooks or hasattr(norm, "_hf_hook"):
+        is_plain_norm = type(norm) is FusedRMSNorm and not norm._forward_hooks and not hasattr(norm, "_hf_hook")
+        if not is_plain_norm or not norm.weight.dtype == resid.dtype == torch.float32:
             return super().normed(resid)
         return rows.normed(resid.flatten(0, -2), norm.weight, norm.variance_epsilon).view(resid.shape)
 

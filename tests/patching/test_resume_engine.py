@@ -1,5 +1,7 @@
 """The resuming engine gives the numbers of the naive one, whatever is swept."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,9 +10,6 @@ from hypothesis import strategies as st
 from ssminterp import HookedMamba
 from ssminterp.interventions import ablate, freeze, knockout, patch, scale, steer
 from ssminterp.patching import patch_sweep, plan
-from ssminterp.patching.compiled_stages import CompiledStages, stages_of
-from ssminterp.patching.placed_states import PlacedStates
-from ssminterp.patching.stages import Past
 from ssminterp_kernels import rows
 from tests.patching.sweep_cases import HOOKS, assert_equal_sweeps, both_engines, last_logit, metric_at
 from tests.tiny_models import hooked, random_tokens
@@ -34,11 +33,22 @@ def stages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
-def test_the_stages_are_those_asked_for(model: HookedMamba, stages: str) -> None:
-    block = model.blocks[0]
-    past = Past(torch.zeros(1, 2, 16), torch.zeros(1, 16, 4))
-    assert isinstance(stages_of(block, past, None), CompiledStages) == (stages == "compiled")
-    assert PlacedStates.suit(model, 0) == (stages == "compiled")
+def test_the_stages_are_those_asked_for(model: HookedMamba, stages: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loops = ("normed", "conv_silu", "scanned_rows", "forked_rows", "recorded_states")
+    called = set()
+
+    def counted(name: str, loop: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            called.add(name)
+            return loop(*arguments)
+
+        return call
+
+    for name in loops:
+        monkeypatch.setattr(rows, name, counted(name, getattr(rows, name)))
+    tokens = random_tokens(2, 5, seed=1), random_tokens(2, 5, seed=2)
+    patch_sweep(model, *tokens, ["resid_pre", "state"], last_logit, progress=False)
+    assert called == (set(loops) if stages == "compiled" else set())
 
 
 @pytest.mark.parametrize("family", ["mamba", "falcon"])
