@@ -182,7 +182,9 @@ def time_extras(shape: tuple[int, int, int], floor: dict[str, float]) -> dict[st
         [lambda: adjoint_states(p.x, p.delta, p.A, p.C, p.z, p.delta_bias, True, backend="triton")], replays=5
     )
     elements = 4 * batch * length * d_inner
-    result |= {"all_states_ms": states, "all_adjoints_ms": adjoints}
+    halves = scan_tensors(plain._replace(states="all", states_dtype=torch.bfloat16))
+    states_in_halves = graph_ms([lambda: scan_forward(halves, save=False)], replays=5)
+    result |= {"all_states_ms": states, "all_adjoints_ms": adjoints, "all_states_bfloat16_ms": states_in_halves}
     result["all_states_of_copy"] = elements * (4 + D_STATE) / states / floor["copy_bytes_per_ms"]
     result["all_adjoints_of_copy"] = elements * (3 + D_STATE) / adjoints / floor["copy_bytes_per_ms"]
     result["peak_memory_of_states"] = peak_memory(plain)

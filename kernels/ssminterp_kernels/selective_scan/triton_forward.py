@@ -3,6 +3,10 @@
 Chunking: a chunk maps the state before it to the state after it by an affine map `decay · h + local`. A local pass
 computes decay and local per chunk from a zero start, `combine_chunks_kernel` chains them, and the full pass then starts
 every chunk from its true state. It pays the exponentials twice, for shapes whose batch × d_inner does not fill the GPU.
+
+Positions are taken in blocks of UNROLL, which the compiler overlaps as long as no branch is between them. A block with
+one edit or one recorded position stays without branches: every position selects. Only one with more goes position by
+position.
 """
 
 from __future__ import annotations

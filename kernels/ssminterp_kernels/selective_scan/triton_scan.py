@@ -155,13 +155,13 @@ def _masks(plan: Plan, d_state: int) -> dict[str, bool]:
 
 
 def _kind(tensor: Tensor | None) -> int:
-    """How kernels load the items [d_inner, d_state] of a tensor."""
+    """How kernels load the items [d_inner, d_state] of a tensor; wide only if one thread holds a whole channel."""
     if tensor is None:
         return TILE.value
     if tensor.stride(-1) == tensor.stride(-2) == 0:
         return NUMBER.value
     wide = tensor.stride(-1) == 1 and all(stride % 16 == 0 for stride in tensor.stride()[:-1])
-    return WIDE.value if wide and tensor.shape[-1] in (16, 32, 64, 128, 256) else TILE.value
+    return WIDE.value if wide and tensor.shape[-1] in (16, 32) else TILE.value
 
 
 def placement(plan: Plan, length: int) -> tuple[int, ...]:
