@@ -49,9 +49,7 @@ class CompiledStages(Stages):
         base: ScanInputs,
         gate: Float[Tensor, "n n_keep d_inner"],
     ) -> Float[Tensor, "rows n_keep d_inner"]:
-        gated = torch.empty(len(early.x), *gate.shape[1:])
-        rows.forked_rows(self._row_scan, rows.Early(*early), rows.Early(*base), gate, first_gate, gated)
-        return gated
+        return rows.forked_rows(self._row_scan, rows.Early(*early), None, rows.Early(*base), gate, first_gate)
 
     def carried(
         self,
@@ -60,15 +58,8 @@ class CompiledStages(Stages):
         base: ScanInputs,
         gate: Float[Tensor, "n n_keep d_inner"],
     ) -> Float[Tensor, "rows n_keep d_inner"]:
-        n_steps = 0 if step is None else len(step.x)
-        gated = torch.empty(n_steps + (0 if states is None else len(states)), *gate.shape[1:])
-        for early, part in (
-            (None if step is None else rows.Early(*step), gated[:n_steps]),
-            (states, gated[n_steps:]),
-        ):
-            if early is not None:
-                rows.forked_rows(self._row_scan, early, rows.Early(*base), gate, None, part)
-        return gated
+        early = None if step is None else rows.Early(*step)
+        return rows.forked_rows(self._row_scan, early, states, rows.Early(*base), gate)
 
     @cached_property
     def _row_scan(self) -> rows.RowScan:

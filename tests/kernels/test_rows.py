@@ -87,8 +87,7 @@ def test_rows_that_take_in_something_else_at_first(case: Case, raw: bool) -> Non
     delta = case.dt if raw else case.step(case.dt).float()
     early = rows.Early(*(tensor[:, :reach] for tensor in (case.x, delta, case.B, case.C)), raw)
     first_gate = torch.randn(ROWS - N_SITES, case.x.shape[2]) if case.keep[0] == 0 else None
-    gated = torch.full((ROWS, len(case.keep), case.x.shape[2]), torch.nan)
-    rows.forked_rows(case.scan, early, case.base, gate, first_gate, gated)
+    gated = rows.forked_rows(case.scan, early, None, case.base, gate, first_gate)
     gates = tiled(gate).clone()
     if first_gate is not None:
         gates[: len(first_gate), 0] = first_gate
@@ -100,15 +99,21 @@ def test_rows_that_take_in_something_else_at_first(case: Case, raw: bool) -> Non
     assert_close(gated, case.expected(x, steps, B, C, gates))
 
 
-def test_rows_whose_state_is_another_at_first(case: Case) -> None:
-    d_inner, d_state = case.x.shape[2], case.B.shape[2]
-    states, gate = torch.randn(ROWS, d_inner, d_state), case.gate[:N_SITES, case.keep]
-    gated = torch.full((ROWS, len(case.keep), d_inner), torch.nan)
-    rows.forked_rows(case.scan, states, case.base, gate, None, gated)
+@pytest.mark.parametrize("n_early", [0, 2])
+def test_rows_whose_state_is_another_at_first(case: Case, n_early: int) -> None:
+    """The last tiles; the first ones take in something else."""
+    d_inner, d_state, n_first = case.x.shape[2], case.B.shape[2], n_early * N_SITES
+    states, gate = torch.randn(ROWS - n_first, d_inner, d_state), case.gate[:N_SITES, case.keep]
+    own = rows.Early(*(tensor[:n_first, :1] for tensor in (case.x, case.dt, case.B, case.C)), raw=True)
+    gated = rows.forked_rows(case.scan, own if n_early else None, states, case.base, gate)
+    if n_early:
+        assert_close(gated[:n_first], rows.forked_rows(case.scan, own, None, case.base, gate))
     steps = case.step(tiled(case.base.delta))
     steps[:, 0] = 0.0  # neither decay nor inflow: the state after position 0 is the one before it
     inputs = (tiled(tensor) for tensor in (case.base.B, case.base.C, gate))
-    assert_close(gated, case.expected(tiled(case.base.x), steps, *inputs, start=states))
+    start = torch.cat([torch.zeros(n_first, d_inner, d_state), states])
+    expected = case.expected(tiled(case.base.x), steps, *inputs, start=start)
+    assert_close(gated[n_first:], expected[n_first:])
 
 
 @pytest.mark.parametrize("span", [7, 3])

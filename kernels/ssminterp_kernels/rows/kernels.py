@@ -189,7 +189,7 @@ def _scanned_rows(counter, n_tasks, x, delta, raw, dt_weight, bias, B, C, rate, 
 
 @no_type_check
 def _forked_rows(
-    counter, n_tasks, early_x, early_delta, early_raw, early_B, early_C, given, states,
+    counter, n_tasks, early_x, early_delta, early_raw, early_B, early_C, states,
     x, delta, dt_weight, bias, B, C, rate, D, gate, first_gate, past, kept, gated,
 ):  # fmt: skip
     n, length, d_inner = x.shape
@@ -212,17 +212,17 @@ def _forked_rows(
             for i in range(width):
                 _advance(base[i], rate, first + i, load(steps, (i, 0)), load(inflows, (i, 0)), B, site, t)
         for tile in range(tiles):
-            row = tile * n + site
+            row, given = tile * n + site, tile - early_x.shape[0] // n  # those with states come last
             for i in range(width):
-                if given:
+                if given >= 0:
                     for m in range(d_state):
                         for lane in range(LANES):
-                            h[i, m, lane] = states[row, (first + i) * LANES + lane, m]
+                            h[i, m, lane] = states[given * n + site, (first + i) * LANES + lane, m]
                 else:
                     _copy_block(past, site, first + i, h[i])
             for t in range(reach):
                 k = kept[t]
-                if given:
+                if given >= 0:
                     for i in range(width):
                         here = load(x, (site, t, (first + i) * LANES))
                         store(outs, (i, 0), _read(h[i], C, site, t) + here * load(D, ((first + i) * LANES,)))
@@ -342,7 +342,7 @@ _TABLE = int32[::1]
 
 
 _INPUTS = (_VIEW_3D, _VIEW_3D, boolean, _2D, _1D, _VIEW_3D, _VIEW_3D)
-_EARLY = (_VIEW_3D, _VIEW_3D, boolean, _VIEW_3D, _VIEW_3D, boolean, _VIEW_3D)
+_EARLY = (_VIEW_3D, _VIEW_3D, boolean, _VIEW_3D, _VIEW_3D, _VIEW_3D)
 _BASE = (_VIEW_3D, _VIEW_3D, _2D, _1D, _VIEW_3D, _VIEW_3D, _3D, _1D, _VIEW_3D)
 _KERNELS = {
     "conv_silu": (_conv_silu, (_VIEW_3D, _VIEW_3D, _2D, _1D, _3D)),

@@ -108,31 +108,32 @@ def scanned_rows(
 
 def forked_rows(
     scan: RowScan,
-    early: Early | Float[Tensor, "rows d_inner d_state"],
+    early: Early | None,
+    states: Float[Tensor, "others d_inner d_state"] | None,
     base: Early,
     gate: Float[Tensor, "n n_kept d_inner"],
-    first_gate: Float[Tensor, "some d_inner"] | None,
-    gated: Float[Tensor, "rows n_kept d_inner"],
-) -> None:
-    """Write (y + D x) · SiLU(gate) of rows that differ from their site's base row at their first positions alone.
+    first_gate: Float[Tensor, "some d_inner"] | None = None,
+) -> Float[Tensor, "rows n_kept d_inner"]:
+    """(y + D x) · SiLU(gate) of rows that differ from their site's base row at their first positions alone.
 
-    early: what the rows take in there; or their states after position 0, where all that goes in is the base's.
-    base: what the base rows take in at all positions, raw. gate: the base rows'. first_gate: the gates of the first
-    rows at position 0. gated: is written; what a state adds to it is linear in the state, so that later positions cost
-    no exponentials.
+    early: what the first rows take in there. states: after position 0, of the rows that then follow and take in what
+    the base does; with them, `early` is of one position. base: what the base rows take in at all positions, raw.
+    gate: the base rows'. first_gate: the gates of the first rows at position 0, where they are not the base's.
+
+    What a state adds to y is linear in it, so that all rows of a site share the exponentials of later positions.
     """
-    given = isinstance(early, Tensor)
-    states = early if isinstance(early, Tensor) else torch.empty(0, 0, 0)
-    nothing = torch.empty(0, 1, 0)
-    first = Early(nothing, nothing, nothing, nothing, False) if isinstance(early, Tensor) else early
     n, length, d_inner = base.x.shape
-    groups = -(-d_inner // (LANES * GROUP))
-    starts = (first.x, first.delta, first.raw, first.B, first.C, given, states)
+    n_rows = sum(0 if some is None else len(some) for some in (early and early.x, states))
+    nothing = torch.empty(0, 1, 0)
+    first = Early(nothing, nothing, nothing, nothing, False) if early is None else early
+    starts = (first.x, first.delta, first.raw, first.B, first.C, nothing if states is None else states)
     inputs = (base.x, base.delta, scan.dt_weight, scan.bias, base.B, base.C, scan.rate, scan.D, gate)
     gates = torch.empty(0, d_inner) if first_gate is None else first_gate
-    seconds = _CARRIED * len(gated) * length * d_inner
-    kept = scan.table(length)
+    gated, kept = torch.empty(n_rows, *gate.shape[1:]), scan.table(length)
+    groups = -(-d_inner // (LANES * GROUP))
+    seconds = _CARRIED * n_rows * length * d_inner
     _run("forked_rows", n * groups, seconds, *starts, *inputs, gates, scan.past, kept, gated)
+    return gated
 
 
 def recorded_states(
