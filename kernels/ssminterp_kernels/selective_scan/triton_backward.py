@@ -23,6 +23,16 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+from ssminterp_kernels.selective_scan.triton_backward_loads import (
+    count_before,
+    load_row,
+    load_rows,
+    load_tile,
+    load_weights,
+    position_or_never,
+    start_of,
+    tile_at,
+)
 from ssminterp_kernels.selective_scan.triton_layouts import (
     channel_numbers,
     full_row,
@@ -43,101 +53,10 @@ from ssminterp_kernels.selective_scan.triton_layouts import (
 from ssminterp_kernels.selective_scan.triton_math import (
     LN2,
     LOG2E,
-    NEVER,
-    load_masked,
     sigmoid,
     step_size,
     store_masked,
 )
-
-
-@jit
-@no_type_check
-def _tile_at(tensor, batch, i, d, n):
-    """Pointers [BLOCK_D, BLOCK_N] to item i of a tensor [batch, i, d_inner, d_state]."""
-    item = tensor[0] + batch * tensor[1] + tl.cast(i, tl.int64) * tensor[2]
-    return item + (d[:, None] * tensor[3] + n[None, :] * tensor[4])
-
-
-@jit
-@no_type_check
-def _load_tile(tensor, batch, i, d, n, mask):
-    return tl.load(_tile_at(tensor, batch, i, d, n), mask=mask, other=0.0).to(tl.float32)
-
-
-@jit
-@no_type_check
-def _load_row(tensor, d, there, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
-    """One float32 number per channel (D, the bias of delta), zeros if there is no such tensor."""
-    if tensor is None:
-        values = full_row(0.0, BLOCK_D, TILE)
-    else:
-        values = tl.load(tensor[0] + d * tensor[1], mask=there, other=0.0).to(tl.float32)
-    return values
-
-
-@jit
-@no_type_check
-def _load_rows(
-    tensor, start, lane, t0, begin, end, there, stride: tl.constexpr, COUNT: tl.constexpr, MASK: tl.constexpr
-):
-    """[BLOCK_D] at COUNT positions from t0 on; before begin those of begin, from end on zeros. Zeros if None.
-
-    start: this program's place in the tensor. A scalar and the lanes' offsets take fewer registers than pointers.
-    """
-    at = tl.maximum(t0, begin)
-    if not MASK:
-        at = tl.minimum(at, end - COUNT)
-    rows = ()
-    for u in tl.static_range(COUNT):
-        if tensor is None:
-            rows = rows + (0.0,)
-        else:
-            place = start + at.to(tl.int64) * stride
-            rows = rows + (load_masked(place + (lane * tensor[3] + u * stride), there & (at + u < end), MASK),)
-    return rows
-
-
-@jit
-@no_type_check
-def _start(tensor, batch, d0):
-    """Pointer to position 0 and channel d0 of a tensor [batch, pos, d_inner]."""
-    return tensor[0] + (batch * tensor[1] + d0 * tensor[3])
-
-
-@jit
-@no_type_check
-def _load_weights(rows_at, t0, begin, end, u, there, stride: tl.constexpr, COUNT: tl.constexpr, MASK: tl.constexpr):
-    """B or C [COUNT, BLOCK_N] at positions from t0 on, as `_load_rows`; u numbers them, MASK also: d_state is less."""
-    at = tl.maximum(t0, begin)
-    if not MASK:
-        at = tl.minimum(at, end - COUNT)
-    mask = there[None, :] & (at + u < end)[:, None]
-    return load_masked(rows_at + (at + u).to(tl.int64)[:, None] * stride, mask, MASK)
-
-
-@jit
-@no_type_check
-def _count_before(positions, n_positions, t):
-    """How many of the ascending positions come before t."""
-    low = tl.cast(0, tl.int32)
-    high = tl.cast(n_positions, tl.int32)
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(positions + middle) < t:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-@jit
-@no_type_check
-def _position_or_never(positions, i, n_positions):
-    position = tl.cast(NEVER, tl.int64)
-    if (i >= 0) & (i < n_positions):
-        position = tl.load(positions + i)
-    return position
 
 
 @jit(do_not_specialize=["length", "chunk_length", "n_chunks", "n_blocks", "group_size", "zero"])
@@ -218,13 +137,13 @@ def scan_backward_kernel(
     n = state_numbers(BLOCK_N, TILE)
     tile_there = there[:, None] & (n < d_state)[None, :]
     A2 = tl.load(A[0] + (d[:, None] * A[1] + n[None, :] * A[2]), mask=tile_there, other=0.0).to(tl.float32) * LOG2E
-    x_start = _start(x, batch, d0)
-    delta_start = _start(delta, batch, d0)
-    z_start = x_start if z is None else _start(z, batch, d0)
-    dy_start = _start(dy, batch, d0)
-    dx_start = _start(dx, batch, d0)
-    ddelta_start = _start(ddelta, batch, d0)
-    dz_start = x_start if z is None else _start(dz, batch, d0)
+    x_start = start_of(x, batch, d0)
+    delta_start = start_of(delta, batch, d0)
+    z_start = x_start if z is None else start_of(z, batch, d0)
+    dy_start = start_of(dy, batch, d0)
+    dx_start = start_of(dx, batch, d0)
+    ddelta_start = start_of(ddelta, batch, d0)
+    dz_start = x_start if z is None else start_of(dz, batch, d0)
     row_u = position_numbers(BLOCK_T, ROWS)
     row_n = row_state_numbers(BLOCK_N, ROWS)
     row_there = row_n < d_state
@@ -238,9 +157,14 @@ def scan_backward_kernel(
     scratch_tile = lane[:, None] * BLOCK_N + n[None, :]
     history = shared_tiles(BLOCK_T, BLOCK_D, BLOCK_N, STATES)
     products = shared_tiles(2, BLOCK_D, BLOCK_N, STATES)
-    values = shared_values(5 * BLOCK_T + 2, BLOCK_D, VALUES)
-    put(values[5 * BLOCK_T], _load_row(bias, d, there, BLOCK_D, TILE))
-    put(values[5 * BLOCK_T + 1], _load_row(D, d, there, BLOCK_D, TILE))
+    x_kept = shared_values(BLOCK_T, BLOCK_D, VALUES)
+    delta_kept = shared_values(BLOCK_T, BLOCK_D, VALUES)
+    step_kept = shared_values(BLOCK_T, BLOCK_D, VALUES)
+    z_kept = shared_values(BLOCK_T, BLOCK_D, VALUES)
+    dy_kept = shared_values(BLOCK_T, BLOCK_D, VALUES)
+    bias_kept, D_kept = shared_values(2, BLOCK_D, VALUES)
+    put(bias_kept, load_row(bias, d, there, BLOCK_D, TILE))
+    put(D_kept, load_row(D, d, there, BLOCK_D, TILE))
     B_shared = shared_rows(BLOCK_T, BLOCK_N, WEIGHTS)
     C_shared = shared_rows(BLOCK_T, BLOCK_N, WEIGHTS)
     # A number that the compiler does not know keeps it from holding BLOCK_T tiles of A_bar in registers.
@@ -249,7 +173,7 @@ def scan_backward_kernel(
     if edits is not None:
         edits_here = edits[0] + batch * edits[1]
 
-    carry = _load_tile(future, batch, chunk, d, n, tile_there)
+    carry = load_tile(future, batch, chunk, d, n, tile_there)
     dA = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
     dD = full_row(0.0, BLOCK_D, TILE)
     dbias = full_row(0.0, BLOCK_D, TILE)
@@ -258,7 +182,7 @@ def scan_backward_kernel(
     record = tl.cast(0, tl.int32)
     if dstates is not None:
         if recorded is not None:
-            record = _count_before(recorded[0], recorded[1], stop) - 1
+            record = count_before(recorded[0], recorded[1], stop) - 1
     n_segments = (stop - first + SEGMENT - 1) // SEGMENT
     for back in range(0, n_segments):
         begin = first + (n_segments - 1 - back) * SEGMENT
@@ -267,69 +191,69 @@ def scan_backward_kernel(
         if boundaries is None:
             state = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
         else:
-            state = _load_tile(boundaries, batch, begin // SEGMENT, d, n, tile_there)
+            state = load_tile(boundaries, batch, begin // SEGMENT, d, n, tile_there)
         tl.store(own_scratch + scratch_tile, state)
-        x_next = _load_rows(x, x_start, lane, begin, begin, end, there, POS[0], BLOCK_T, MASK)
-        delta_next = _load_rows(delta, delta_start, lane, begin, begin, end, there, POS[1], BLOCK_T, MASK)
-        B_block = _load_weights(B_rows, begin, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
+        x_next = load_rows(x, x_start, lane, begin, begin, end, there, POS[0], BLOCK_T, MASK)
+        delta_next = load_rows(delta, delta_start, lane, begin, begin, end, there, POS[1], BLOCK_T, MASK)
+        B_block = load_weights(B_rows, begin, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
         for piece in range(1, n_pieces):
             t0 = begin + (piece - 1) * BLOCK_T
             x_here = x_next
             delta_here = delta_next
             put(B_shared, B_block.to(tl.float32))
-            x_next = _load_rows(x, x_start, lane, t0 + BLOCK_T, begin, end, there, POS[0], BLOCK_T, MASK)
-            delta_next = _load_rows(delta, delta_start, lane, t0 + BLOCK_T, begin, end, there, POS[1], BLOCK_T, MASK)
-            B_block = _load_weights(B_rows, t0 + BLOCK_T, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
+            x_next = load_rows(x, x_start, lane, t0 + BLOCK_T, begin, end, there, POS[0], BLOCK_T, MASK)
+            delta_next = load_rows(delta, delta_start, lane, t0 + BLOCK_T, begin, end, there, POS[1], BLOCK_T, MASK)
+            B_block = load_weights(B_rows, t0 + BLOCK_T, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
             edit = tl.cast(0, tl.int32)
             if edits is not None:
-                edit = _count_before(edits_here, edits[2], t0)
-            bias_row = take_value(values[5 * BLOCK_T], TILE)
+                edit = count_before(edits_here, edits[2], t0)
+            bias_row = take_value(bias_kept, TILE)
             for u in tl.static_range(BLOCK_T):
                 step = step_size(delta_here[u], bias_row, SOFTPLUS)
                 B_row = take_row(B_shared, u, TILE)
                 state = tl.exp2(step[:, None] * A2) * state
                 state += (step * x_here[u].to(tl.float32))[:, None] * B_row
                 if edits is not None:
-                    if _position_or_never(edits_here, edit, edits[2]) == t0 + u:
-                        state = state * _load_tile(keep, batch, edit, d, n, tile_there)
-                        state += _load_tile(add, batch, edit, d, n, tile_there)
+                    if position_or_never(edits_here, edit, edits[2]) == t0 + u:
+                        state = state * load_tile(keep, batch, edit, d, n, tile_there)
+                        state += load_tile(add, batch, edit, d, n, tile_there)
                         edit += 1
             tl.store(own_scratch + piece * BLOCK_N * BLOCK_D + scratch_tile, state)
 
         t0 = begin + (n_pieces - 1) * BLOCK_T
-        z_next = _load_rows(z, z_start, lane, t0, begin, end, there, POS[2], BLOCK_T, MASK)
-        dy_next = _load_rows(dy, dy_start, lane, t0, begin, end, there, POS[5], BLOCK_T, MASK)
-        C_block = _load_weights(C_rows, t0, begin, end, row_u, row_there, POS[4], BLOCK_T, MASK or MASK_N)
+        z_next = load_rows(z, z_start, lane, t0, begin, end, there, POS[2], BLOCK_T, MASK)
+        dy_next = load_rows(dy, dy_start, lane, t0, begin, end, there, POS[5], BLOCK_T, MASK)
+        C_block = load_weights(C_rows, t0, begin, end, row_u, row_there, POS[4], BLOCK_T, MASK or MASK_N)
         for later in range(0, n_pieces):
             piece = n_pieces - 1 - later
             t0 = begin + piece * BLOCK_T
             x_here = x_next
             delta_here = delta_next
             for u in tl.static_range(BLOCK_T):
-                put(values[u], x_next[u].to(tl.float32))
-                put(values[BLOCK_T + u], delta_next[u].to(tl.float32))
-                put(values[2 * BLOCK_T + u], dy_next[u].to(tl.float32))
+                put(x_kept[u], x_next[u].to(tl.float32))
+                put(delta_kept[u], delta_next[u].to(tl.float32))
+                put(dy_kept[u], dy_next[u].to(tl.float32))
                 if z is not None:
-                    put(values[3 * BLOCK_T + u], z_next[u].to(tl.float32))
+                    put(z_kept[u], z_next[u].to(tl.float32))
             put(B_shared, B_block.to(tl.float32))
             put(C_shared, C_block.to(tl.float32))
             before = tl.load(own_scratch + piece * BLOCK_N * BLOCK_D + scratch_tile)
-            x_next = _load_rows(x, x_start, lane, t0 - BLOCK_T, begin, end, there, POS[0], BLOCK_T, MASK)
-            delta_next = _load_rows(delta, delta_start, lane, t0 - BLOCK_T, begin, end, there, POS[1], BLOCK_T, MASK)
-            z_next = _load_rows(z, z_start, lane, t0 - BLOCK_T, begin, end, there, POS[2], BLOCK_T, MASK)
-            dy_next = _load_rows(dy, dy_start, lane, t0 - BLOCK_T, begin, end, there, POS[5], BLOCK_T, MASK)
-            B_block = _load_weights(B_rows, t0 - BLOCK_T, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
-            C_block = _load_weights(C_rows, t0 - BLOCK_T, begin, end, row_u, row_there, POS[4], BLOCK_T, MASK or MASK_N)
+            x_next = load_rows(x, x_start, lane, t0 - BLOCK_T, begin, end, there, POS[0], BLOCK_T, MASK)
+            delta_next = load_rows(delta, delta_start, lane, t0 - BLOCK_T, begin, end, there, POS[1], BLOCK_T, MASK)
+            z_next = load_rows(z, z_start, lane, t0 - BLOCK_T, begin, end, there, POS[2], BLOCK_T, MASK)
+            dy_next = load_rows(dy, dy_start, lane, t0 - BLOCK_T, begin, end, there, POS[5], BLOCK_T, MASK)
+            B_block = load_weights(B_rows, t0 - BLOCK_T, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
+            C_block = load_weights(C_rows, t0 - BLOCK_T, begin, end, row_u, row_there, POS[4], BLOCK_T, MASK or MASK_N)
             edit = tl.cast(0, tl.int32)
             if edits is not None:
-                edit = _count_before(edits_here, edits[2], t0)
-            bias_row = take_value(values[5 * BLOCK_T], TILE)
+                edit = count_before(edits_here, edits[2], t0)
+            bias_row = take_value(bias_kept, TILE)
             steps = ()
             for u in tl.static_range(BLOCK_T):
                 step = step_size(delta_here[u], bias_row, SOFTPLUS)
                 if MASK:
                     step = tl.where(t0 + u < end, step, 0.0)
-                put(values[4 * BLOCK_T + u], step)
+                put(step_kept[u], step)
                 steps = steps + (step,)
             state = before
             for u in tl.static_range(BLOCK_T):
@@ -338,9 +262,9 @@ def scan_backward_kernel(
                 state = tl.exp2(step[:, None] * A2) * state
                 state += (step * x_here[u].to(tl.float32))[:, None] * B_row
                 if edits is not None:
-                    if _position_or_never(edits_here, edit, edits[2]) == t0 + u:
-                        state = state * _load_tile(keep, batch, edit, d, n, tile_there)
-                        state += _load_tile(add, batch, edit, d, n, tile_there)
+                    if position_or_never(edits_here, edit, edits[2]) == t0 + u:
+                        state = state * load_tile(keep, batch, edit, d, n, tile_there)
+                        state += load_tile(add, batch, edit, d, n, tile_there)
                         edit += 1
                 if u < BLOCK_T - 1:
                     put(history[u], state)
@@ -355,14 +279,14 @@ def scan_backward_kernel(
                 previous = before
                 if u > 0:
                     previous = take_tile(history[u - 1], TILE)
-                x_row = take_value(values[u], TILE)
-                D_row = take_value(values[5 * BLOCK_T + 1], TILE)
-                step = take_value(values[4 * BLOCK_T + u], TILE)
+                x_row = take_value(x_kept[u], TILE)
+                D_row = take_value(D_kept, TILE)
+                step = take_value(step_kept[u], TILE)
                 B_row = take_row(B_shared, u, TILE)
                 C_row = take_row(C_shared, u, TILE)
-                dy_row = take_value(values[2 * BLOCK_T + u], TILE)
+                dy_row = take_value(dy_kept[u], TILE)
                 if z is not None:
-                    gate = take_value(values[3 * BLOCK_T + u], TILE)
+                    gate = take_value(z_kept[u], TILE)
                     open_ = sigmoid(gate)
                     y_row = tl.sum(state * C_row, 1) + D_row * x_row
                     store_masked(
@@ -377,19 +301,19 @@ def scan_backward_kernel(
                 adjoint = carry + C_row * dy_row[:, None]
                 if dstates is not None:
                     if recorded is None:
-                        adjoint += _load_tile(dstates, batch, t, d, n, tile_there & (t < end))
+                        adjoint += load_tile(dstates, batch, t, d, n, tile_there & (t < end))
                     else:
-                        if _position_or_never(recorded[0], record, recorded[1]) == t:
-                            adjoint += _load_tile(dstates, batch, record, d, n, tile_there)
+                        if position_or_never(recorded[0], record, recorded[1]) == t:
+                            adjoint += load_tile(dstates, batch, record, d, n, tile_there)
                             record -= 1
                 A_bar = tl.exp2((step + unknown_zero)[:, None] * A2)
                 if edits is not None:
-                    if _position_or_never(edits_here, edit - 1, edits[2]) == t:
+                    if position_or_never(edits_here, edit - 1, edits[2]) == t:
                         edit -= 1
                         unedited = A_bar * previous + (step * x_row)[:, None] * B_row
-                        tl.store(_tile_at(dadd, batch, edit, d, n), adjoint, mask=tile_there)
-                        tl.store(_tile_at(dkeep, batch, edit, d, n), adjoint * unedited, mask=tile_there)
-                        adjoint *= _load_tile(keep, batch, edit, d, n, tile_there)
+                        tl.store(tile_at(dadd, batch, edit, d, n), adjoint, mask=tile_there)
+                        tl.store(tile_at(dkeep, batch, edit, d, n), adjoint * unedited, mask=tile_there)
+                        adjoint *= load_tile(keep, batch, edit, d, n, tile_there)
                 put(products[u % 2], adjoint * (step * x_row)[:, None])
                 through_B = tl.sum(adjoint * B_row, 1)
                 carry = A_bar * adjoint
@@ -398,7 +322,7 @@ def scan_backward_kernel(
                 dA += through_A * step[:, None]
                 dD += dy_row * x_row
                 if SOFTPLUS:
-                    ddelta_row *= sigmoid(take_value(values[BLOCK_T + u], TILE) + take_value(values[5 * BLOCK_T], TILE))
+                    ddelta_row *= sigmoid(take_value(delta_kept[u], TILE) + take_value(bias_kept, TILE))
                 if MASK:
                     ddelta_row = tl.where(t < end, ddelta_row, 0.0)
                 dbias += ddelta_row
@@ -420,7 +344,7 @@ def scan_backward_kernel(
     tl.store(channel_sums + (d_state + 1) * d_inner + d, dbias, mask=there)
     if dstart is not None:
         if chunk == 0:
-            tl.store(_tile_at(dstart, batch, 0, d, n), carry, mask=tile_there)
+            tl.store(tile_at(dstart, batch, 0, d, n), carry, mask=tile_there)
 
 
 @triton.jit(do_not_specialize=["parts"])
