@@ -43,6 +43,11 @@ SMALL_CASES = (
     ScanCase(length=11, edit_positions=(0, 3, 4, 10), states=(3, 10), dtype=F16),
     ScanCase(length=11, edit_positions=((0, 5), (5, 10)), strided=True),
     ScanCase(length=200, batch=1, d_inner=2, d_state=2, edit_positions=(5, 70, 130), states=(64, 199)),
+    # so many programs that the compiler gets fewer registers, and the kernels hold fewer values
+    *(
+        ScanCase(batch=9, length=10, d_inner=1, d_state=d_state, edit_positions=(3, 9), states=(2, 8))
+        for d_state in (2, 16)
+    ),
     # d_state and strides that the kernels read 16 bytes at a time; edits alone, in pairs and at the end of a block
     ScanCase(length=18, d_inner=3, d_state=16, edit_positions=((0, 1, 15), (7, 8, 17)), states=(0, 9, 10)),
 )

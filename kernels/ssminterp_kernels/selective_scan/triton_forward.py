@@ -167,7 +167,7 @@ def scan_forward_kernel(
     SEGMENT: tl.constexpr,
     MASK_D: tl.constexpr,
     MASK_N: tl.constexpr,
-    AHEAD: tl.constexpr,
+    SPARE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -178,8 +178,9 @@ def scan_forward_kernel(
     stride of batch, n_edits); keep, add: [batch, n_edits, d_inner, d_state]. recorded: (positions, n_recorded).
     states: where recorded states go; boundaries: [batch, n_boundaries, d_inner, d_state], where the state before every
     SEGMENT-th position goes; final_state: [batch, 1, d_inner, d_state]. POS: the strides of the position axes of x,
-    delta, z, B, C and y, as constants so that neighbouring positions cost no address arithmetic. KINDS: how A, keep and
-    add are loaded.
+    delta, z, B, C and y, as constants so that neighbouring positions cost no address arithmetic. KINDS: how A, keep,
+    add and start are loaded and states and the other two stored. SPARE: there are registers to spare, for the values of
+    the next edit and for a recorded state until its block ends.
     """
     batch, chunk, _block, group, d, there = program_place(n_blocks, n_chunks, group_size, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
@@ -209,7 +210,7 @@ def scan_forward_kernel(
         edit = count_before(edits_here, edits[2], first)
         next_edit = _position(edits_here, edit, edits[2])
         after_edit = _position(edits_here, edit + 1, edits[2])
-        if AHEAD:
+        if SPARE:
             held = _load_edit(keep, add, batch, edit, edits[2], d, n, there, tile_there, zero, KINDS)
     next_record = tl.full((), FAR, tl.int32)
     after_record = next_record
@@ -256,7 +257,7 @@ def scan_forward_kernel(
             # One edit, one recorded position or one of each: the same without branches.
             if edits is not None:
                 edit_at = next_edit - t
-                if AHEAD:
+                if SPARE:
                     edit_here = held
                     later = edit + (next_edit < t + UNROLL).to(tl.int32)
                     held = _load_edit(keep, add, batch, later, edits[2], d, n, there, tile_there, zero, KINDS)
@@ -277,13 +278,18 @@ def scan_forward_kernel(
                 if RECORD_ALL:
                     _store_state(states, batch, t + u, d, n, state, there, tile_there, KINDS[4])
                 if recorded is not None:
-                    kept = tl.where(record_at == u, state, kept)
+                    if SPARE:
+                        kept = tl.where(record_at == u, state, kept)
+                    else:
+                        here = record_at == u
+                        _store_state(states, batch, record, d, n, state, there & here, tile_there & here, KINDS[4])
                 out = out + (_read_out(state, rows[3 * u], rows[3 * u + 2], z, C_row, D_row),)
             for u in tl.static_range(UNROLL):
                 store_masked(y_at + u * POS[5], out[u], there, MASK_D)
             if recorded is not None:
                 if next_record < t + UNROLL:
-                    _store_state(states, batch, record, d, n, kept, there, tile_there, KINDS[4])
+                    if SPARE:
+                        _store_state(states, batch, record, d, n, kept, there, tile_there, KINDS[4])
                     record += 1
                     next_record = after_record
                     after_record = later_record
@@ -305,7 +311,7 @@ def scan_forward_kernel(
                 state = advance(state, A2, step, x_row, B_row)
                 if edits is not None:
                     if i == next_edit:
-                        if AHEAD:
+                        if SPARE:
                             edit_here = held
                         else:
                             edit_here = _load_edit(
@@ -315,7 +321,7 @@ def scan_forward_kernel(
                         edit += 1
                         next_edit = after_edit
                         after_edit = _position(edits_here, edit + 1, edits[2])
-                        if AHEAD:
+                        if SPARE:
                             held = _load_edit(keep, add, batch, edit, edits[2], d, n, there, tile_there, zero, KINDS)
                 if RECORD_ALL:
                     _store_state(states, batch, i, d, n, state, there, tile_there, KINDS[4])
@@ -357,7 +363,7 @@ def chunk_summary_kernel(
     SOFTPLUS: tl.constexpr,
     MASK_D: tl.constexpr,
     MASK_N: tl.constexpr,
-    AHEAD: tl.constexpr,
+    SPARE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -388,7 +394,7 @@ def chunk_summary_kernel(
         edit = count_before(edits_here, edits[2], first)
         next_edit = _position(edits_here, edit, edits[2])
         after_edit = _position(edits_here, edit + 1, edits[2])
-        if AHEAD:
+        if SPARE:
             held = _load_edit(keep, add, batch, edit, edits[2], d, n, there, tile_there, zero, KINDS)
 
     upcoming = _load_rows(x_rows, delta_rows, x_rows, None, first, stop, there, POS, MASK_D, UNROLL)
@@ -409,7 +415,7 @@ def chunk_summary_kernel(
         elif edits is not None:
             if t + UNROLL <= after_edit:
                 edit_at = next_edit - t
-                if AHEAD:
+                if SPARE:
                     edit_here = held
                     held = _load_edit(keep, add, batch, edit + 1, edits[2], d, n, there, tile_there, zero, KINDS)
                 else:
@@ -437,7 +443,7 @@ def chunk_summary_kernel(
                     state = advance(state, A2, step, x_row, B_row)
                     elapsed += step
                     if i == next_edit:
-                        if AHEAD:
+                        if SPARE:
                             edit_here = held
                         else:
                             edit_here = _load_edit(
@@ -449,7 +455,7 @@ def chunk_summary_kernel(
                         edit += 1
                         next_edit = after_edit
                         after_edit = _position(edits_here, edit + 1, edits[2])
-                        if AHEAD:
+                        if SPARE:
                             held = _load_edit(keep, add, batch, edit, edits[2], d, n, there, tile_there, zero, KINDS)
     decay *= tl.exp2(elapsed[None, :] * A2)
     _store_state(decays, batch, chunk, d, n, decay, there, tile_there, KINDS[3])

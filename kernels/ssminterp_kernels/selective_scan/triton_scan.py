@@ -204,7 +204,7 @@ def scan_forward(s: ScanTensors, save: bool) -> tuple[Tensor, Tensor | None, Ten
     common = {
         "POS": strides_of_pos(s.x, s.delta, s.z, s.B, s.C, y),
         "SOFTPLUS": s.softplus,
-        "AHEAD": plan.max_registers == 255,
+        "SPARE": plan.max_registers == 255,
         "maxnreg": plan.max_registers,
         **_masks(plan, d_state),
         **tiles,
