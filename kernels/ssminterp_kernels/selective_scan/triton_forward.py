@@ -19,7 +19,6 @@ import triton.language as tl
 from ssminterp_kernels.selective_scan.triton_math import (
     LOG2E,
     NUMBER,
-    STREAMED,
     WIDE,
     advance,
     channel_rows,
@@ -124,10 +123,7 @@ def _load_edit(keep, add, batch, edit, n_edits, d, n, there, tile_there, zero, K
 @no_type_check
 def _store_state(tensor, batch, i, d, n, state, there, tile_there, KIND: tl.constexpr):
     """Write item i of a tensor [batch, i, d_inner, d_state]."""
-    if KIND == STREAMED:
-        offsets = d[None, :] * tensor[3] + n[:, None] * tensor[4]
-        tl.store(item(tensor, batch, i) + offsets, state, mask=tile_there, cache_modifier=".cs")
-    elif KIND == WIDE:
+    if KIND == WIDE:
         store_wide(item(tensor, batch, i), d, tensor[3], state, there)
     else:
         store_state(tensor, batch, i, d, n, state, tile_there)

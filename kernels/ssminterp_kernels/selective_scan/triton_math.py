@@ -20,7 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(1 << 62)  # a position that no sequence reaches
 # How items [d_inner, d_state] lie in memory: in any way, d_state contiguous and aligned, or one number for all.
-TILE, WIDE, NUMBER, STREAMED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+TILE, WIDE, NUMBER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit

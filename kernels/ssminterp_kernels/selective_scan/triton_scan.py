@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -140,7 +141,11 @@ def forward_plan(s: ScanTensors) -> Plan:
     """How the forward pass covers s."""
     batch, length, d_inner = s.x.shape
     sizes = (batch, length, d_inner, s.A.shape[1], s.B.shape[2], processor_count(s.x.device))
-    return plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=12, widest_block=64, in_one_wave=True)
+    plan = plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=12, widest_block=64, in_one_wave=True)
+    if s.record_all and plan.max_registers is not None:
+        # To store every state takes longer than to overlap positions; of short sequences, few are under way at once.
+        plan = dataclasses.replace(plan, max_registers=255 if length < 64 else 168)
+    return plan
 
 
 def backward_plan(s: ScanTensors) -> Plan:
