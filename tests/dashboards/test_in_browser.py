@@ -71,18 +71,19 @@ def test_bad_input_is_answered_in_the_page_and_the_app_goes_on(tab: playwright.P
 
 def test_a_long_sweep_is_stopped_while_another_tab_works(tab: playwright.Page, address: str) -> None:
     other = tab.context.new_page()
-    tab.goto(f"{address}/patch?n=24&hooks=state,x,delta,B,C,gate")
-    settle(tab).get_by_role("button", name="Run").click()
-    stop = tab.get_by_role("button", name="Stop")
-    stop.wait_for()
     other.goto(f"{address}/?prompt=Emma+gave+an+apple+to")
     chart(settle(other), "lens")
     expect(other.get_by_text("5 tokens: choose one")).to_be_visible()
+    tab.goto(f"{address}/patch?n=64&hooks=resid_pre,mixer_out,conv,state,x,delta,B,C,gate")
+    settle(tab).get_by_role("button", name="Run").click()
+    # Not Streamlit's own button of that name, which is in the header while a page runs.
+    stop = tab.get_by_test_id("stBaseButton-secondary").filter(has_text="Stop")
+    stop.wait_for()
+    other.get_by_text("an 2", exact=True).click()
+    expect(other.get_by_text("after “2 an”")).to_be_visible()
     stop.click()
     expect(tab.get_by_text(re.compile("Stopped after [0-9]+ of [0-9]+ parts"))).to_be_visible()
-    settle(other).get_by_text("an 2", exact=True).click()
-    expect(other.get_by_text("after “2 an”")).to_be_visible()
-    expect(other.get_by_text("Stopped")).to_have_count(0)
+    expect(settle(other).get_by_text("Stopped")).to_have_count(0)
 
 
 def test_the_sweep_is_run_by_keyboard_alone(tab: playwright.Page, address: str) -> None:
