@@ -59,6 +59,24 @@ from ssminterp_kernels.selective_scan.triton_math import (
 )
 
 
+@jit
+@no_type_check
+def _replayed(state, A2, step, x, B, t, edit, edits, edits_here, keep, add, place):
+    """The state after position t, edited if its edit is the next, and the number of the next edit.
+
+    place: batch, d, n and which of the tile are there.
+    """
+    batch, d, n, tile_there = place
+    state = tl.exp2(step[:, None] * A2) * state
+    state += (step * x.to(tl.float32))[:, None] * B
+    if edits is not None:
+        if position_or_never(edits_here, edit, edits[2]) == t:
+            state = state * load_tile(keep, batch, edit, d, n, tile_there)
+            state += load_tile(add, batch, edit, d, n, tile_there)
+            edit += 1
+    return state, edit
+
+
 @jit(do_not_specialize=["length", "chunk_length", "n_chunks", "n_blocks", "group_size", "zero"])
 @no_type_check
 def scan_backward_kernel(
@@ -169,7 +187,8 @@ def scan_backward_kernel(
     C_shared = shared_rows(BLOCK_T, BLOCK_N, WEIGHTS)
     # A number that the compiler does not know keeps it from holding BLOCK_T tiles of A_bar in registers.
     unknown_zero = zero.to(tl.float32)
-    edits_here = None
+    edits_here = x_start
+    place = (batch, d, n, tile_there)
     if edits is not None:
         edits_here = edits[0] + batch * edits[1]
 
@@ -211,13 +230,9 @@ def scan_backward_kernel(
             for u in tl.static_range(BLOCK_T):
                 step = step_size(delta_here[u], bias_row, SOFTPLUS)
                 B_row = take_row(B_shared, u, TILE)
-                state = tl.exp2(step[:, None] * A2) * state
-                state += (step * x_here[u].to(tl.float32))[:, None] * B_row
-                if edits is not None:
-                    if position_or_never(edits_here, edit, edits[2]) == t0 + u:
-                        state = state * load_tile(keep, batch, edit, d, n, tile_there)
-                        state += load_tile(add, batch, edit, d, n, tile_there)
-                        edit += 1
+                state, edit = _replayed(
+                    state, A2, step, x_here[u], B_row, t0 + u, edit, edits, edits_here, keep, add, place
+                )
             tl.store(own_scratch + piece * BLOCK_N * BLOCK_D + scratch_tile, state)
 
         t0 = begin + (n_pieces - 1) * BLOCK_T
@@ -259,13 +274,9 @@ def scan_backward_kernel(
             for u in tl.static_range(BLOCK_T):
                 step = steps[u]
                 B_row = take_row(B_shared, u, TILE)
-                state = tl.exp2(step[:, None] * A2) * state
-                state += (step * x_here[u].to(tl.float32))[:, None] * B_row
-                if edits is not None:
-                    if position_or_never(edits_here, edit, edits[2]) == t0 + u:
-                        state = state * load_tile(keep, batch, edit, d, n, tile_there)
-                        state += load_tile(add, batch, edit, d, n, tile_there)
-                        edit += 1
+                state, edit = _replayed(
+                    state, A2, step, x_here[u], B_row, t0 + u, edit, edits, edits_here, keep, add, place
+                )
                 if u < BLOCK_T - 1:
                     put(history[u], state)
             dB_at = dB_rows + t0.to(tl.int64) * POS[9]

@@ -19,7 +19,7 @@ from ssminterp_kernels.selective_scan.triton_forward import (
     combine_chunks_kernel,
     scan_forward_kernel,
 )
-from ssminterp_kernels.selective_scan.triton_layouts import INTERPRETED, layouts_of
+from ssminterp_kernels.selective_scan.triton_layouts import layouts_of
 from ssminterp_kernels.selective_scan.triton_math import NUMBER, TILE, WIDE
 from ssminterp_kernels.selective_scan.triton_plan import SEGMENT, Plan, plan_backward, plan_scan, processor_count
 
@@ -310,7 +310,7 @@ def scan_backward(
         BLOCK_T=block_t,
         **tiles,
         **{name.upper(): layout for name, layout in layouts._asdict().items()},
-        **_register_limit(plan),
+        maxnreg=plan.max_registers,
     )
     dBC = _sum_parts(dweights, 2 * batch * length * n_groups, plan.n_blocks // n_groups, d_state, s.B.dtype)
     dBC = dBC.view(2, batch, length, n_groups, d_state)
@@ -358,13 +358,8 @@ def _adjoint_options(s: ScanTensors, plan: Plan, dy: Tensor, length: int) -> dic
     tiles = {"BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "UNROLL": plan.unroll, "num_warps": plan.num_warps}
     masks = _masks(plan, s.A.shape[1])
     masks = {"MASK": length % plan.unroll != 0 or masks["MASK_D"], "MASK_N": masks["MASK_N"]}
-    options = {"SOFTPLUS": s.softplus, **masks, **tiles, **_register_limit(plan)}
+    options = {"SOFTPLUS": s.softplus, "maxnreg": plan.max_registers, **masks, **tiles}
     return {**place, "POS": strides_of_pos(s.delta, dy, s.C, s.z), **options}
-
-
-def _register_limit(plan: Plan) -> dict[str, int]:
-    """The plan's limit, unless the interpreter runs, which has no registers."""
-    return {} if INTERPRETED or plan.max_registers is None else {"maxnreg": plan.max_registers}
 
 
 def futures_of_chunks(s: ScanTensors, plan: Plan, dy: Tensor, dstates: Tensor | None, dfinal: Tensor | None) -> Tensor:
