@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -120,9 +121,13 @@ def _only(new: Tensor, old: Tensor, features: Tensor | None, examples: Tensor | 
     return new
 
 
+# Tells interventions apart, by numbers because Dynamo of torch 2.11 cannot hash an object().
+_serial_numbers = itertools.count()
+
+
 def _state_hooks(point: HookPoint, where: Selection, features: Bool[Tensor, "..."] | None, edit: Edit) -> list[FwdHook]:
     """One hook per position: the state after it follows from the state there."""
-    positions, intervention = where.positions, object()
+    positions, intervention = where.positions, next(_serial_numbers)
     if isinstance(positions, Tensor):
         found = [(int(p), positions.cpu() == p) for p in positions.unique()]
         return [
@@ -142,7 +147,7 @@ def _state_hook(
     where: Selection,
     features: Bool[Tensor, "..."] | None,
     edit: Edit,
-    intervention: object,
+    intervention: int,
     examples: Bool[Tensor, " batch"] | None = None,
 ) -> AffineStateHook | StateEdit:
     rows = [None] if examples is None else examples.nonzero().flatten().tolist()

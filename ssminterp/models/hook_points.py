@@ -89,7 +89,8 @@ class HookPoint(nn.Module):
     @property
     def is_read_from_outside(self) -> bool:
         """Whether torch's own hooks are registered here, or an nnsight trace that runs now waits for the tensor."""
-        return bool(self._forward_hooks or self._forward_pre_hooks or is_requested(self, by_name=self.spec.on_demand))
+        hooks = len(self._forward_hooks) + len(self._forward_pre_hooks)
+        return hooks > 0 or is_requested(self, by_name=self.spec.on_demand)
 
     @property
     def is_listened_to(self) -> bool:
@@ -98,7 +99,8 @@ class HookPoint(nn.Module):
 
     def has_listeners(self) -> bool:
         """What `is_listened_to` says; kinds of hook points that have more to ask extend it."""
-        return not self.is_idle and bool(self.recorders or self.is_read_from_outside or self.acting)
+        # Lengths, because Dynamo of torch 2.11 cannot look into bool(list).
+        return not self.is_idle and (len(self.recorders) > 0 or self.is_read_from_outside or len(self.acting) > 0)
 
     @property
     def is_idle(self) -> bool:

@@ -24,7 +24,7 @@ Scan: TypeAlias = Callable[[int, int, Tensor | None, States, StateEdits | None],
 
 # What a function does of an intervention that has a function for each of its positions: (the intervention, by an object
 # of its own, and an example; None for all). No two functions that do the same of it may meet at a position.
-InterventionParts: TypeAlias = frozenset[tuple[object, int | None]]
+InterventionParts: TypeAlias = frozenset[tuple[int, int | None]]
 
 
 class AffineStateHook:
