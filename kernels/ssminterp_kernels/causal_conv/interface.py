@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssminterp_kernels.backends import Backend, choose_backend
 from ssminterp_kernels.causal_conv.torch_conv import next_window, torch_conv, torch_conv_step
+from ssminterp_kernels.checks import once_per_layout
 
 Activation: TypeAlias = Literal["silu"] | None
 
@@ -57,7 +58,8 @@ def causal_conv(
     """
     if x.dim() != 3:
         raise ValueError(f"x must have the axes [batch, pos, d_inner], got shape {list(x.shape)}")
-    _check(x, weight, bias, activation, window)
+    _check_activation(activation)
+    _check(x, weight, bias, window)
     chosen = choose_backend(x, backend)
     if chosen == "triton":
         # Imported on first use: Triton is not installed everywhere.
@@ -95,7 +97,8 @@ def causal_conv_step(
     """
     if x.dim() != 2:
         raise ValueError(f"x must have the axes [batch, d_inner], got shape {list(x.shape)}")
-    _check(x, weight, bias, activation, window)
+    _check_activation(activation)
+    _check(x, weight, bias, window)
     chosen = choose_backend(x, backend)
     silu = activation == "silu"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, window, weight, bias)):
@@ -112,10 +115,14 @@ def causal_conv_step(
     return ConvOutput(*torch_conv_step(x, window, weight, bias, silu, in_place))
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: object, window: Tensor | None) -> None:
-    """Raises ValueError for arguments that do not go with x, [batch, (pos), d_inner]."""
+def _check_activation(activation: object) -> None:
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be None or 'silu', got {activation!r}")
+
+
+@once_per_layout
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None) -> None:
+    """Raises ValueError for arguments that do not go with x, [batch, (pos), d_inner]."""
     if 0 in x.shape:
         raise ValueError(f"no axis may be empty, got x of shape {list(x.shape)}")
     batch, d_inner = x.shape[0], x.shape[-1]

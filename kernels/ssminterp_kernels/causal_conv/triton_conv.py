@@ -15,6 +15,8 @@ from ssminterp_kernels.causal_conv.triton_conv_kernels import (
     conv_forward_kernel,
     conv_step_kernel,
 )
+from ssminterp_kernels.launching import launch, repeated
+from ssminterp_kernels.selective_scan.triton_scan import sum_parts
 
 # Enough to fill a GPU several times over; of more, each goes through several tiles.
 _PROGRAMS = 8192
@@ -77,6 +79,7 @@ def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@repeated
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, silu: bool) -> Tensor:
     """y, contiguous."""
     batch, length, d_inner = x.shape
@@ -84,7 +87,9 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor 
     tiles = _tiles(x, longest=16)
     n_times, n_blocks = -(-length // tiles["BLOCK_T"]), -(-d_inner // tiles["BLOCK_D"])
     with on_device_of(x):
-        conv_forward_kernel[(batch * n_times * n_blocks,)](
+        launch(
+            conv_forward_kernel,
+            (batch * n_times * n_blocks,),
             *(_strided(x), _strided(weight), _strided(bias), _strided(window), _strided(y), length, d_inner),
             *(0 if window is None else window.shape[2], n_times, n_blocks),
             D_CONV=weight.shape[1],
@@ -95,12 +100,40 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor 
 
 
 def conv_backward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, silu: bool, dy: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The gradients of x, weight, bias and window. Sums are made in a fixed order."""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Tensor | None,
+    silu: bool,
+    dy: Tensor,
+    of_weights: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight, bias and window. Sums are made in a fixed order.
+
+    of_weights: whether those of weight and bias are wanted, which are sums over batch and pos.
+    """
+    dwindow = None if window is None else torch.zeros(window.shape, dtype=window.dtype, device=x.device)
+    dx, sums = _backward(x, weight, bias, window, silu, dy, dwindow, of_weights)
+    if sums is None:
+        return dx, None, None, dwindow
+    dweight, dbias = sums.to(weight.dtype).split((weight.shape[1], 1))
+    return dx, dweight.t(), None if bias is None else dbias[0].to(bias.dtype), dwindow
+
+
+@repeated
+def _backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Tensor | None,
+    silu: bool,
+    dy: Tensor,
+    dwindow: Tensor | None,
+    of_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """dx, and the gradients of the taps and the bias [d_conv + 1, d_inner] in float32; fills the end of dwindow."""
     (batch, length, d_inner), d_conv = x.shape, weight.shape[1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dwindow = None if window is None else torch.zeros(window.shape, dtype=window.dtype, device=x.device)
     tiles = _tiles(x, longest=8)
     before = 0 if window is None else d_conv - 1
     n_blocks, n_tiles = -(-d_inner // tiles["BLOCK_D"]), -(-(length + before) // tiles["BLOCK_T"])
@@ -108,7 +141,9 @@ def conv_backward(
     n_times = -(-n_tiles // per_program)
     parts = torch.empty(n_times * batch, (d_conv + 1) * d_inner, dtype=torch.float32, device=x.device)
     with on_device_of(x):
-        conv_backward_kernel[(batch * n_times * n_blocks,)](
+        launch(
+            conv_backward_kernel,
+            (batch * n_times * n_blocks,),
             *(_strided(x), _strided(weight), _strided(bias), _strided(window), _strided(dy), _strided(dx)),
             *(_strided(dwindow), parts, length, d_inner, 0 if window is None else window.shape[2], before),
             *(n_times, n_tiles, n_blocks, per_program),
@@ -116,11 +151,13 @@ def conv_backward(
             SILU=silu,
             **tiles,
         )
-    sums = parts.sum(0).view(d_conv + 1, d_inner)
-    dbias = None if bias is None else sums[d_conv].to(bias.dtype)
-    return dx, sums[:d_conv].t().to(weight.dtype), dbias, dwindow
+    if not of_weights:
+        return dx, None
+    sums = sum_parts(parts, 1, n_times * batch, (d_conv + 1) * d_inner, torch.float32)
+    return dx, sums.view(d_conv + 1, d_inner)
 
 
+@repeated
 def conv_step(x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, after: Tensor) -> Tensor:
     """y of one position; writes the window after it into `after`, which may be `window`."""
     batch, d_inner = x.shape
@@ -128,7 +165,9 @@ def conv_step(x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None, si
     block = 128
     n_blocks = -(-d_inner // block)
     with on_device_of(x):
-        conv_step_kernel[(batch * n_blocks,)](
+        launch(
+            conv_step_kernel,
+            (batch * n_blocks,),
             *(_strided(x), _strided(window), _strided(weight), _strided(bias), _strided(y), _strided(after)),
             *(d_inner, n_blocks),
             D_CONV=weight.shape[1],
@@ -152,4 +191,5 @@ class _Conv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, window = ctx.saved_tensors
-        return (*conv_backward(x, weight, bias, window, ctx.silu, dy), None)
+        of_weights = any(ctx.needs_input_grad[1:3])
+        return (*conv_backward(x, weight, bias, window, ctx.silu, dy, of_weights), None)

@@ -34,7 +34,7 @@ def conv_backward_op(*arguments: Any) -> list[Tensor]:
     """The gradients of x, weight, bias and window; see `triton_conv.conv_backward`."""
     dx, dweight, dbias, dwindow = triton_conv.conv_backward(*arguments)
     # Outputs of an operator may not share memory, and those of weight and bias are parts of sums made together.
-    return [dx, dweight.clone(), *(dx.new_empty(0) if g is None else g.clone() for g in (dbias, dwindow))]
+    return [dx, *(dx.new_empty(0) if g is None else g.clone() for g in (dweight, dbias, dwindow))]
 
 
 @conv_backward_op.register_fake

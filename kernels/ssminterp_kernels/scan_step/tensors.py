@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from ssminterp_kernels.checks import once_per_layout
 
 
 class StepTensors(NamedTuple):
@@ -25,6 +27,14 @@ class StepTensors(NamedTuple):
 
 def check_tensors(s: StepTensors) -> StepTensors:
     """The tensors in their canonical form. Raises ValueError for those that do not go together."""
+    _check(*s)
+    B, C = (weights.unsqueeze(1) if weights.dim() == 2 else weights for weights in (s.B, s.C))
+    return s._replace(B=B, C=C)
+
+
+@once_per_layout
+def _check(*tensors: Any) -> None:
+    s = StepTensors(*tensors)
     if s.x.dim() != 2 or s.A.dim() != 2 or 0 in s.x.shape or 0 in s.A.shape:
         raise ValueError(
             f"x must have the axes [batch, d_inner] and A [d_inner, d_state], none of them empty, got shapes "
@@ -58,15 +68,14 @@ def check_tensors(s: StepTensors) -> StepTensors:
         raise ValueError(
             f"state must be {wide} when x is {s.x.dtype}, got {s.state.dtype} of shape {list(s.state.shape)}"
         )
-    B, C = _with_groups("B", s.B, s), _with_groups("C", s.C, s)
-    if B.shape != C.shape:
+    if _n_groups("B", s.B, s) != _n_groups("C", s.C, s):
         raise ValueError(
             f"B and C must have the same number of groups, got shapes {list(s.B.shape)} and {list(s.C.shape)}"
         )
-    return s._replace(B=B, C=C)
 
 
-def _with_groups(name: str, weights: Tensor, s: StepTensors) -> Tensor:
+def _n_groups(name: str, weights: Tensor, s: StepTensors) -> int:
+    """How many groups B or C has."""
     (batch, d_inner), d_state = s.x.shape, s.A.shape[1]
     grouped = weights.unsqueeze(1) if weights.dim() == 2 else weights
     if (
@@ -80,4 +89,4 @@ def _with_groups(name: str, weights: Tensor, s: StepTensors) -> Tensor:
             f"a divisor of d_inner = {d_inner}, to go with x of shape {list(s.x.shape)} and A of shape "
             f"{list(s.A.shape)}, got shape {list(weights.shape)}"
         )
-    return grouped
+    return grouped.shape[1]

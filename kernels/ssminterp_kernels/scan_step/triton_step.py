@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssminterp_kernels.backends import on_device_of
+from ssminterp_kernels.launching import launch, repeated
 from ssminterp_kernels.scan_step.tensors import StepTensors
 from ssminterp_kernels.scan_step.triton_step_kernel import scan_step_kernel
 
@@ -27,6 +28,7 @@ def triton_step(tensors: StepTensors, softplus: bool, in_place: bool) -> tuple[T
     return scan_step(*tensors, softplus, after), after
 
 
+@repeated
 def scan_step(
     state: Tensor,
     x: Tensor,
@@ -47,7 +49,9 @@ def scan_step(
     block_d = max(1, _TILE // block_n)
     n_blocks = -(-d_inner // block_d)
     with on_device_of(x):
-        scan_step_kernel[(batch * n_blocks,)](
+        launch(
+            scan_step_kernel,
+            (batch * n_blocks,),
             *(_strided(state), _strided(x), _strided(delta), _strided(A), _strided(B), _strided(C), _strided(D)),
             *(_strided(z), _strided(bias), _strided(y), _strided(after)),
             *(d_inner, d_inner // n_groups, d_state, n_blocks),

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ssminterp_kernels.checks import once_per_layout
 from ssminterp_kernels.selective_scan.edits import StateEdits
 
 
@@ -78,32 +79,47 @@ def check_arguments(arguments: ScanArguments) -> ScanArguments:
     range, duplicate or unsorted (negative ones are out of range), and edits that do not broadcast. NaN and infinity
     are values like any other.
     """
-    x, A = arguments.x, arguments.A
+    x, delta, A, B, C, D, z, delta_bias, _, initial_state, *_ = arguments
+    _check_tensors(x, delta, A, B, C, D, z, delta_bias, initial_state)
+    states = _checked_states(arguments.states, x.shape[1])
+    _check_states_dtype(arguments)
+    edits = _checked_edits(arguments.edits, x, A.shape[1])
+    B, C = (weights.unsqueeze(2) if weights.dim() == 3 else weights for weights in (B, C))
+    return arguments._replace(B=B, C=C, states=states, edits=edits)
+
+
+@once_per_layout
+def _check_tensors(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
+    """Raises ValueError for shapes, dtypes and devices that do not agree."""
     _check_rank("x", x, "[batch, pos, d_inner]", 3)
     _check_rank("A", A, "[d_inner, d_state]", 2)
     if 0 in x.shape or 0 in A.shape:
         raise ValueError(f"no axis may be empty, got x of shape {_shape(x)} and A of shape {_shape(A)}")
-    batch, length, d_inner = x.shape
-    per_channel = (("D", arguments.D), ("delta_bias", arguments.delta_bias))
-    per_position = (("delta", arguments.delta), ("z", arguments.z))
+    batch, _, d_inner = x.shape
+    per_channel = (("D", D), ("delta_bias", delta_bias))
+    per_position = (("delta", delta), ("z", z))
     state_shape = (batch, d_inner, A.shape[1])
     _check_shape("A", A, "[d_inner, d_state]", (d_inner, A.shape[1]), x)
     for name, tensor in per_position:
         _check_shape(name, tensor, "[batch, pos, d_inner]", x.shape, x)
     for name, tensor in per_channel:
         _check_shape(name, tensor, "[d_inner]", (d_inner,), x)
-    _check_shape("initial_state", arguments.initial_state, "[batch, d_inner, d_state]", state_shape, x)
-    for name, tensor in (("x", x), ("A", A), ("B", arguments.B), ("C", arguments.C), *per_position, *per_channel):
+    _check_shape("initial_state", initial_state, "[batch, d_inner, d_state]", state_shape, x)
+    for name, tensor in (("x", x), ("A", A), ("B", B), ("C", C), *per_position, *per_channel):
         _check_kind(name, tensor, x)
-    _check_initial_state_kind(arguments.initial_state, x)
-    B = _with_groups_axis("B", arguments.B, x, A)
-    C = _with_groups_axis("C", arguments.C, x, A)
-    if B.shape != C.shape:
+    _check_initial_state_kind(initial_state, x)
+    if _n_groups("B", B, x, A) != _n_groups("C", C, x, A):
         raise ValueError(f"B and C must have the same number of groups, got B {_shape(B)} and C {_shape(C)}")
-    states = _checked_states(arguments.states, length)
-    _check_states_dtype(arguments)
-    edits = _checked_edits(arguments.edits, x, A.shape[1])
-    return arguments._replace(B=B, C=C, states=states, edits=edits)
 
 
 def _shape(tensor: Tensor) -> list[int]:
@@ -147,23 +163,21 @@ def _check_initial_state_kind(initial_state: Tensor | None, x: Tensor) -> None:
     _check_kind("initial_state", initial_state, x)
 
 
-def _with_groups_axis(name: str, weights: Tensor, x: Tensor, A: Tensor) -> Tensor:
-    """B or C as [batch, pos, n_groups, d_state]."""
+def _n_groups(name: str, weights: Tensor, x: Tensor, A: Tensor) -> int:
+    """How many groups B or C has."""
     (batch, length, d_inner), d_state = x.shape, A.shape[1]
     if weights.dim() not in (3, 4) or weights.shape[:2] != x.shape[:2] or weights.shape[-1] != d_state:
         raise ValueError(
             f"{name} must have the axes [batch, pos, d_state] = {[batch, length, d_state]} or [batch, pos, n_groups, "
             f"d_state] to go with x of shape {_shape(x)} and A of shape {_shape(A)}, got shape {_shape(weights)}"
         )
-    if weights.dim() == 3:
-        return weights.unsqueeze(2)
-    n_groups = weights.shape[2]
+    n_groups = 1 if weights.dim() == 3 else weights.shape[2]
     if n_groups == 0 or d_inner % n_groups:
         raise ValueError(
             f"{name} of shape {_shape(weights)} has n_groups = {n_groups}, which must divide d_inner = {d_inner} "
             f"of x of shape {_shape(x)}"
         )
-    return weights
+    return n_groups
 
 
 def _checked_states(

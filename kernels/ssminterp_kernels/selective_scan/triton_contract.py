@@ -6,7 +6,7 @@ Summed over d_inner as well, each program leaves one number per position, and th
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -14,6 +14,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from ssminterp_kernels.launching import launch, repeated
 from ssminterp_kernels.selective_scan.arguments import ScanArguments
 from ssminterp_kernels.selective_scan.triton_math import (
     advance,
@@ -29,6 +30,7 @@ from ssminterp_kernels.selective_scan.triton_math import (
 )
 from ssminterp_kernels.selective_scan.triton_plan import SEGMENT
 from ssminterp_kernels.selective_scan.triton_scan import (
+    ScanTensors,
     backward_plan,
     futures_of_chunks,
     placement,
@@ -37,6 +39,7 @@ from ssminterp_kernels.selective_scan.triton_scan import (
     strided,
     strided_state,
     strides_of_pos,
+    zero,
 )
 
 BLOCK_T = 2  # positions whose differences of states are held in registers; more of them spill
@@ -187,22 +190,38 @@ def triton_contract(
 ) -> Float[Tensor, "batch pos *d_inner"]:
     """As `contract_with_adjoint`; takes arguments from `check_arguments`."""
     run_a, run_b = scan_tensors(a), scan_tensors(b)
+    # Without its only segment's beginning the scan of a short sequence would be of no use.
+    boundaries = [
+        scan_forward(run._replace(z=None), save=True)[3] if dy.shape[1] > SEGMENT else None for run in (run_a, run_b)
+    ]
+    if dfinal_state is None:
+        dfinal_state = zero(torch.float32, dy.device).expand(dy.shape[0], *run_b.A.shape)
+    out = _contract(*run_a, *run_b, *boundaries, dy, dfinal_state, sum_d_inner)
+    return out.sum(-1) if sum_d_inner else out
+
+
+@repeated
+def _contract(*arguments: Any) -> Tensor:
+    """[batch, pos, d_inner], or [batch, pos, n_blocks] to be summed."""
+    *fields, boundaries_a, boundaries_b, dy, dfinal_state, sum_d_inner = arguments
+    n_fields = len(ScanTensors._fields)
+    run_a, run_b = ScanTensors(*fields[:n_fields]), ScanTensors(*fields[n_fields:])
     batch, length, d_inner = dy.shape
     d_state = run_b.A.shape[1]
     plan = backward_plan(run_b)
-    begins = []
-    for run in (run_a, run_b):
-        boundaries = scan_forward(run._replace(z=None), save=True)[3]
-        begins.append(strided_state(run.initial_state) if boundaries is None else strided(boundaries))
-    if dfinal_state is None:
-        dfinal_state = torch.zeros((), device=dy.device).expand(batch, d_inner, d_state)
+    begins = [
+        strided_state(run.initial_state) if boundaries is None else strided(boundaries)
+        for run, boundaries in ((run_a, boundaries_a), (run_b, boundaries_b))
+    ]
     future = strided_state(dfinal_state)
     if plan.is_chunked:
         future = strided(futures_of_chunks(run_b, plan, dy, None, dfinal_state))
     width = plan.n_blocks if sum_d_inner else d_inner
     out = torch.empty(batch, length, width, dtype=torch.float32, device=dy.device)
     scratch = out.new_empty(plan.programs(batch), 2, SEGMENT // BLOCK_T, plan.block_n, plan.block_d)
-    contract_kernel[(plan.programs(batch),)](
+    launch(
+        contract_kernel,
+        (plan.programs(batch),),
         *(strided(run_a.x), strided(run_a.delta), strided(run_a.B), begins[0]),
         *(strided(run_b.x), strided(run_b.delta), strided(run_b.B), begins[1]),
         *(strided(run_b.z), strided(run_b.A), strided(run_b.C), strided(run_b.bias), strided(dy), future, strided(out)),
@@ -218,4 +237,4 @@ def triton_contract(
         BLOCK_T=BLOCK_T,
         num_warps=plan.num_warps,
     )
-    return out.sum(-1) if sum_d_inner else out
+    return out

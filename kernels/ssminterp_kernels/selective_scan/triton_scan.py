@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ssminterp_kernels.launching import launch, repeated
 from ssminterp_kernels.selective_scan.arguments import ScanArguments
 from ssminterp_kernels.selective_scan.triton_adjoint import scan_adjoint_kernel
 from ssminterp_kernels.selective_scan.triton_backward import scan_backward_kernel, sum_parts_kernel
@@ -178,7 +179,9 @@ def _combine(decays: Tensor, locals_: Tensor, start: Tensor | None, backward: bo
     batch, n_chunks, d_inner, d_state = locals_.shape
     whole = d_state * d_inner
     block = 128
-    combine_chunks_kernel[((whole + block - 1) // block, batch)](
+    launch(
+        combine_chunks_kernel,
+        ((whole + block - 1) // block, batch),
         *(decays, locals_, strided(start), n_chunks, d_state, whole),
         BACKWARD=backward,
         BLOCK=block,
@@ -193,6 +196,13 @@ def scan_forward(s: ScanTensors, save: bool) -> tuple[Tensor, Tensor | None, Ten
     The last is [batch, n_segments, d_inner, d_state]; None if there is one segment only, which begins with the initial
     state.
     """
+    return _forward(*s, save)
+
+
+@repeated
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    *fields, save = arguments
+    s = ScanTensors(*fields)
     batch, length, _ = s.x.shape
     d_state = s.A.shape[1]
     plan = forward_plan(s)
@@ -223,7 +233,9 @@ def scan_forward(s: ScanTensors, save: bool) -> tuple[Tensor, Tensor | None, Ten
     stored = (TILE.value if s.record_all else rare, rare)
     if plan.is_chunked:
         decays, starts = (new_states(s, batch, plan.n_chunks) for _ in range(2))
-        chunk_summary_kernel[(plan.programs(batch) - batch * plan.n_blocks,)](
+        launch(
+            chunk_summary_kernel,
+            (plan.programs(batch) - batch * plan.n_blocks,),
             *(strided(s.x), strided(s.delta), strided(s.A), strided(s.B), strided(s.bias), edits, keep, add),
             *(strided(decays), strided(starts), *placement(plan, length), d_state, 0),
             KINDS=(*kinds, rare),
@@ -231,7 +243,9 @@ def scan_forward(s: ScanTensors, save: bool) -> tuple[Tensor, Tensor | None, Ten
         )
         _combine(decays, starts, s.initial_state, backward=False)
         start = starts
-    scan_forward_kernel[(plan.programs(batch),)](
+    launch(
+        scan_forward_kernel,
+        (plan.programs(batch),),
         *(
             strided(s.x),
             strided(s.delta),
@@ -259,16 +273,44 @@ def scan_backward(
     dy: Tensor | None,
     dstates: Tensor | None,
     dfinal: Tensor | None,
+    of_channels: bool = True,
 ) -> dict[str, Tensor | None]:
-    """The gradient of every tensor of the scan, by name, from those of its outputs (None means zero)."""
+    """The gradient of every tensor of the scan, by name, from those of its outputs (None means zero).
+
+    of_channels: whether those of A, D and bias are wanted, which are sums over batch and pos.
+    """
+    batch, _, d_inner = s.x.shape
+    if dy is None:
+        dy = zero(s.x.dtype, s.x.device).expand(s.x.shape)
+    if dfinal is None:
+        dfinal = zero(torch.float32, s.x.device).expand(batch, d_inner, s.A.shape[1])
+    gradients = dict(zip(_GRADIENTS, _backward(*s, boundaries, dy, dstates, dfinal, of_channels), strict=True))
+    for name in ("A", "C", "D", "bias"):
+        gradient, tensor = gradients[name], getattr(s, name)
+        if gradient is not None and gradient.dtype != tensor.dtype:
+            gradients[name] = gradient.to(tensor.dtype)
+    return gradients
+
+
+# What has a gradient, in the order in which `_backward` returns them.
+_GRADIENTS = ("x", "delta", "A", "B", "C", "D", "bias", "z", "initial_state", "keep", "add")
+
+
+@functools.lru_cache(maxsize=64)
+def zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A zero to be expanded; kept, because to fill it is a launch."""
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=dtype, device=device)
+
+
+@repeated
+def _backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    *fields, boundaries, dy, dstates, dfinal, of_channels = arguments
+    s = ScanTensors(*fields)
     batch, length, d_inner = s.x.shape
     d_state, n_groups = s.A.shape[1], s.B.shape[2]
     plan = backward_plan(s)
     new = functools.partial(torch.empty, dtype=torch.float32, device=s.x.device)
-    if dy is None:
-        dy = torch.zeros((), dtype=s.x.dtype, device=s.x.device).expand(s.x.shape)
-    if dfinal is None:
-        dfinal = torch.zeros((), dtype=torch.float32, device=s.x.device).expand(batch, d_inner, d_state)
     dx, ddelta = torch.empty_like(s.x), torch.empty_like(s.delta)
     dz = None if s.z is None else torch.empty_like(s.z)
     dkeep = dadd = None
@@ -287,7 +329,9 @@ def scan_backward(
         future = strided(futures_of_chunks(s, plan, dy, dstates, dfinal))
     begin = strided(boundaries) if boundaries is not None else strided_state(s.initial_state)
     masks = _masks(plan, d_state)
-    scan_backward_kernel[(plan.programs(batch),)](
+    launch(
+        scan_backward_kernel,
+        (plan.programs(batch),),
         *(
             strided(s.x),
             strided(s.delta),
@@ -312,22 +356,15 @@ def scan_backward(
         **{name.upper(): layout for name, layout in layouts._asdict().items()},
         maxnreg=plan.max_registers,
     )
-    dBC = _sum_parts(dweights, 2 * batch * length * n_groups, plan.n_blocks // n_groups, d_state, s.B.dtype)
+    dBC = sum_parts(dweights, 2 * batch * length * n_groups, plan.n_blocks // n_groups, d_state, s.B.dtype)
     dBC = dBC.view(2, batch, length, n_groups, d_state)
-    sums = _sum_parts(dchannels, 1, batch * plan.n_chunks, (d_state + 2) * d_inner, torch.float32)
-    dA, dD, dbias = sums.view(-1).split((d_inner * d_state, d_inner, d_inner))
-    return {
-        **{
-            "x": dx,
-            "delta": ddelta,
-            "A": dA.view(d_inner, d_state).to(s.A.dtype),
-            "B": dBC[0],
-            "C": dBC[1].to(s.C.dtype),
-        },
-        "D": None if s.D is None else dD.to(s.D.dtype),
-        "bias": None if s.bias is None else dbias.to(s.bias.dtype),
-        **{"z": dz, "initial_state": dstart, "keep": dkeep, "add": dadd},
-    }
+    dA = dD = dbias = None
+    if of_channels:
+        sums = sum_parts(dchannels, 1, batch * plan.n_chunks, (d_state + 2) * d_inner, torch.float32)
+        dA, dD, dbias = sums.view(-1).split((d_inner * d_state, d_inner, d_inner))
+        dA = dA.view(d_inner, d_state)
+        dD, dbias = None if s.D is None else dD, None if s.bias is None else dbias
+    return dx, ddelta, dA, dBC[0], dBC[1], dD, dbias, dz, dstart, dkeep, dadd
 
 
 def triton_adjoints(arguments: ScanArguments) -> Float[Tensor, "batch n_positions d_inner d_state"]:
@@ -344,7 +381,9 @@ def triton_adjoints(arguments: ScanArguments) -> Float[Tensor, "batch n_position
     future = strided_state(s.initial_state)
     if plan.is_chunked:
         future = strided(futures_of_chunks(s, plan, dy, None, s.initial_state))
-    scan_adjoint_kernel[(plan.programs(batch),)](
+    launch(
+        scan_adjoint_kernel,
+        (plan.programs(batch),),
         *(strided(s.delta), strided(s.z), strided(s.A), strided(s.C), strided(s.bias), edit_table(s.edits)),
         *(strided(s.keep), None, strided(dy), None, future, position_table(s.recorded), strided(adjoints), None, None),
         **_adjoint_options(s, plan, dy, length),
@@ -367,7 +406,9 @@ def futures_of_chunks(s: ScanTensors, plan: Plan, dy: Tensor, dstates: Tensor | 
     batch, length, _ = s.x.shape
     decays, futures = (new_states(s, batch, plan.n_chunks) for _ in range(2))
     options = _adjoint_options(s, plan, dy, length) | {"n_chunks": plan.n_chunks - 1}
-    scan_adjoint_kernel[(plan.programs(batch) - batch * plan.n_blocks,)](
+    launch(
+        scan_adjoint_kernel,
+        (plan.programs(batch) - batch * plan.n_blocks,),
         *(strided(s.delta), strided(s.z), strided(s.A), strided(s.C), strided(s.bias), edit_table(s.edits)),
         *(strided(s.keep), position_table(s.recorded), strided(dy), strided(dstates), None, None, None),
         *(strided(decays), strided(futures)),
@@ -377,7 +418,7 @@ def futures_of_chunks(s: ScanTensors, plan: Plan, dy: Tensor, dstates: Tensor | 
     return futures
 
 
-def _sum_parts(parts: Tensor, rows: int, n_parts: int, width: int, dtype: torch.dtype) -> Tensor:
+def sum_parts(parts: Tensor, rows: int, n_parts: int, width: int, dtype: torch.dtype) -> Tensor:
     """[rows, n_parts, width], contiguous, summed over its middle axis in a fixed order."""
     out = torch.empty(rows, width, dtype=dtype, device=parts.device)
     block_w = min(128, 1 << (width - 1).bit_length())
@@ -385,8 +426,13 @@ def _sum_parts(parts: Tensor, rows: int, n_parts: int, width: int, dtype: torch.
     while block_w > 32 and rows * -(-width // block_w) < 8 * processor_count(parts.device):
         block_w //= 2
     block_p = min(2048 // block_w, 1 << (n_parts - 1).bit_length())
-    sum_parts_kernel[(rows, -(-width // block_w))](
-        *(parts, out, n_parts, width), BLOCK_P=block_p, BLOCK_W=block_w, num_warps=1 if block_p * block_w < 1024 else 4
+    launch(
+        sum_parts_kernel,
+        (rows, -(-width // block_w)),
+        *(parts, out, n_parts, width),
+        BLOCK_P=block_p,
+        BLOCK_W=block_w,
+        num_warps=1 if block_p * block_w < 1024 else 4,
     )
     return out
 
@@ -408,5 +454,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dstates: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
         *saved, boundaries = ctx.saved_tensors
         s = ScanTensors(*saved, *ctx.flags)
-        gradients = scan_backward(s, boundaries, dy, dstates, dfinal)
+        fields = dict(zip(ScanTensors._fields, ctx.needs_input_grad, strict=True))
+        of_channels = fields["A"] or fields["D"] or fields["bias"]
+        gradients = scan_backward(s, boundaries, dy, dstates, dfinal, of_channels)
         return tuple(gradients.get(name) for name in ScanTensors._fields)
