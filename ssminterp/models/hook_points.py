@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssminterp.models.timeline import Window
-from ssminterp.models.tracing.requests import for_a_reader, is_in_a_trace, is_requested, pass_by
+from ssminterp.models.tracing.requests import MARK, for_a_reader, is_in_a_trace, is_requested, pass_by
 from ssminterp.positions import Positions, resolve_positions
 
 # (tensor, hook point) -> a replacement, or None to leave the tensor as it is
@@ -112,7 +112,7 @@ class HookPoint(nn.Module):
             or self._forward_pre_hooks
             or self._backward_hooks
             or self._backward_pre_hooks
-            or is_in_a_trace(self)
+            or (self.__dict__.get(MARK) is not None and is_in_a_trace(self))
         )
 
     def __call__(self, tensor: Tensor) -> Tensor:
@@ -137,7 +137,8 @@ class HookPoint(nn.Module):
 
     def pass_by(self) -> None:
         """Instead of a call, where nothing listens and the tensor is not computed."""
-        pass_by(self)
+        if self.__dict__.get(MARK) is not None:
+            pass_by(self)
 
     def forward(self, tensor: Tensor) -> Tensor:
         acting = self.acting

@@ -128,7 +128,9 @@ class _FirstArgument:
     def __init__(self, hook: HookPoint) -> None:
         self.hook = hook
 
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.hook.is_idle:
+            return None
         return (self.hook(arguments[0]), *arguments[1:])
 
 

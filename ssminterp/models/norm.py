@@ -27,9 +27,10 @@ class FusedRMSNorm(nn.Module):
         self.training = norm.training
 
     def forward(self, hidden_states: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        if hidden_states.dtype == self.weight.dtype == torch.float32:
-            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-        return self.weight * F.rms_norm(hidden_states, self.weight.shape, None, self.variance_epsilon)
+        weight = self.weight
+        if hidden_states.dtype == weight.dtype == torch.float32:
+            return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+        return weight * F.rms_norm(hidden_states, weight.shape, None, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"

@@ -12,7 +12,7 @@ Shapes:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -83,6 +83,7 @@ class HookedMambaMixer(nn.Module):
         self.layer_idx: int = mixer.layer_idx
         self.config = mixer.config
         self.act = mixer.act
+        self.acts_as_silu: bool = mixer.config.hidden_act in SILU
         self.conv1d: nn.Conv1d = mixer.conv1d
         self.in_proj: nn.Linear = mixer.in_proj
         self.x_proj: nn.Linear = mixer.x_proj
@@ -97,6 +98,8 @@ class HookedMambaMixer(nn.Module):
         for spec in self.hook_specs:
             point = HOOK_POINTS.get(spec.short, HookPoint)
             self.add_module(spec.attribute, point(spec, self.layer_idx))
+            # Found at once: nn.Module looks for its modules last, thirty times a run.
+            self.__dict__[spec.attribute] = self._modules[spec.attribute]
         self.training = mixer.training
 
     def forward(
@@ -137,7 +140,7 @@ class HookedMambaMixer(nn.Module):
         if taps_wanted or not is_plain_conv(self.conv1d) or self._keeps_whole_past(cache):
             return self.act(self.hook_conv(self._conv_by_module(in_x, cache, taps_wanted)))
         self.hook_conv_taps.pass_by()
-        fused = self.config.hidden_act in SILU and not self.hook_conv.is_listened_to
+        fused = self.acts_as_silu and not self.hook_conv.is_listened_to
         with weights_at_hand(self.conv1d):
             conv = self._fused_conv(in_x, cache, "silu" if fused else None)
         if fused:
@@ -153,7 +156,8 @@ class HookedMambaMixer(nn.Module):
         self, in_x: Float[Tensor, "batch pos d_inner"], cache: Cache | None, activation: Activation
     ) -> Float[Tensor, "batch pos d_inner"]:
         """The conv and its activation in one kernel; the cache goes on."""
-        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        conv1d = self.conv1d
+        weight, bias = conv1d.weight[:, 0], conv1d.bias
         window = None
         if cache is not None and cache.has_previous_state(self.layer_idx):
             window = cache.layers[self.layer_idx].conv_states[0]
@@ -228,13 +232,14 @@ class HookedMambaMixer(nn.Module):
 
     def _step(self, dt: Float[Tensor, "batch pos dt_rank"]) -> Step:
         """Δ; or, when nothing listens to it, its pre-activation with the bias and softplus left to the scan."""
-        if type(self.dt_proj) is nn.Linear and not hasattr(self.dt_proj, "_hf_hook"):
+        dt_proj = self.dt_proj
+        if type(dt_proj) is nn.Linear and dt_proj.__dict__.get("_hf_hook") is None:
             # The bias is added in float32, which is more exact than dt_proj itself under bfloat16 weights.
-            delta, bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias
+            delta, bias = F.linear(dt, dt_proj.weight), dt_proj.bias
         else:
-            delta, bias = self.dt_proj(dt), None
+            delta, bias = dt_proj(dt), None
         step = Step(delta, bias, softplus=True)
-        if any(hook.is_listened_to for hook in (self.hook_delta, self.hook_A_bar, self.hook_B_bar)):
+        if self.hook_delta.is_listened_to or self.hook_A_bar.is_listened_to or self.hook_B_bar.is_listened_to:
             return Step(self.hook_delta(step.size()), None, softplus=False)
         self.hook_delta.pass_by()
         return step
@@ -256,13 +261,17 @@ def is_plain_conv(module: nn.Module) -> bool:
     return type(module) is nn.Conv1d and not watched
 
 
-@contextmanager
-def weights_at_hand(module: nn.Module) -> Iterator[None]:
+def weights_at_hand(module: nn.Module) -> AbstractContextManager[None]:
     """Brings back weights that accelerate keeps elsewhere until a module is called, for use without calling it."""
-    accelerate_hook: Any = getattr(module, "_hf_hook", None)
-    if accelerate_hook is None:
-        yield
-        return
+    accelerate_hook = module.__dict__.get("_hf_hook")
+    return _AT_HAND if accelerate_hook is None else _brought_back(module, accelerate_hook)
+
+
+_AT_HAND = nullcontext()
+
+
+@contextmanager
+def _brought_back(module: nn.Module, accelerate_hook: Any) -> Iterator[None]:
     accelerate_hook.pre_forward(module)
     try:
         yield

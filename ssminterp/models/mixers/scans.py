@@ -65,15 +65,19 @@ class SelectiveScan:
     ) -> ScanOutput:
         if stop - start == 1 and edits is None and initial_state is not None:
             return self._one_step(start, initial_state, states)
-        span = slice(start, stop)
+        x, delta, B, C, z = self.x, self.step.delta, self.B, self.C, self.z
+        if stop - start != x.shape[1]:
+            span = slice(start, stop)
+            x, delta, B, C = (tensor[:, span] for tensor in (x, delta, B, C))
+            z = None if z is None else z[:, span]
         return selective_scan(
-            self.x[:, span],
-            self.step.delta[:, span],
+            x,
+            delta,
             self.A,
-            self.B[:, span],
-            self.C[:, span],
+            B,
+            C,
             D=self.D,
-            z=None if self.z is None else self.z[:, span],
+            z=z,
             delta_bias=self.step.bias,
             delta_softplus=self.step.softplus,
             initial_state=initial_state,

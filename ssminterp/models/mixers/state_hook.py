@@ -30,7 +30,7 @@ class StateHookPoint(HookPoint):
     @property
     def is_traced(self) -> bool:
         """Whether an nnsight trace that runs now waits for the trajectory or for the state at some position."""
-        return is_requested(self, by_name=True) or self.at.is_requested
+        return (not self.is_idle and is_requested(self, by_name=True)) or self.at.is_requested
 
     def has_listeners(self) -> bool:
         return super().has_listeners() or self.at.is_requested

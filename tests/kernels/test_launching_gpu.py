@@ -1,0 +1,126 @@
+"""What is launched again without being worked out anew, compiled for a CUDA device: beside the torch backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from scan_cases import relative_error
+from torch import Tensor
+
+from ssminterp_kernels.causal_conv import causal_conv, causal_conv_step
+from ssminterp_kernels.scan_step import selective_scan_step
+from ssminterp_kernels.selective_scan import StateEdits, selective_scan
+from ssminterp_kernels.selective_scan.contract import ScanRun, contract_with_adjoint
+
+pytestmark = pytest.mark.gpu
+
+D_INNER, D_STATE = 96, 16
+
+
+def draw(*shape: int, skip: int = 0) -> Tensor:
+    """Random numbers; with `skip` they begin where Triton may not assume that they are aligned."""
+    return torch.randn(*shape[:-1], shape[-1] + 2 * skip, device="cuda")[..., skip : skip + shape[-1]]
+
+
+def scan_inputs(length: int, skip: int) -> dict[str, Tensor]:
+    channels, weights = (2, length, D_INNER), (2, length, D_STATE)
+    return {
+        "x": draw(*channels, skip=skip),
+        "delta": draw(*channels),
+        "A": -draw(D_INNER, D_STATE).exp(),
+        "B": draw(*weights, skip=skip),
+        "C": draw(*weights),
+        "D": draw(D_INNER),
+        "z": draw(*channels, skip=skip),
+        "delta_bias": draw(D_INNER),
+        "initial_state": draw(2, D_INNER, D_STATE),
+    }
+
+
+def both(function: Any, *positional: Any, **named: Any) -> None:
+    """Triton and torch agree."""
+    ours, theirs = (function(*positional, **named, backend=backend) for backend in ("triton", "torch"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or relative_error(a, b.double()) < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 16, 300])
+def test_scans_of_the_same_layout_in_turn(length: int) -> None:
+    """Fresh tensors, aligned and not, with and without states, edits and gradients, each three times."""
+    for turn in range(3):
+        for skip in (0, 1):
+            inputs = scan_inputs(length, skip)
+            both(selective_scan, **inputs, delta_softplus=True, states=[0, length - 1] if skip else None)
+            # One tensor where there were two.
+            both(selective_scan, **{**inputs, "delta": inputs["x"], "C": inputs["B"]}, delta_softplus=True)
+            edits = StateEdits.at({turn % length: (0.5, draw(2, D_INNER, D_STATE))})
+            both(selective_scan, **inputs, delta_softplus=True, edits=edits)
+            leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+            dy = draw(2, length, D_INNER)
+            ours, theirs = (
+                torch.autograd.grad(
+                    selective_scan(**leaves, delta_softplus=True, backend=backend).y, list(leaves.values()), dy
+                )
+                for backend in ("triton", "torch")
+            )
+            assert all(relative_error(a, b.double()) < 1e-4 for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("length", [16, 300])
+def test_contractions_of_the_same_layout_in_turn(length: int) -> None:
+    for _ in range(3):
+        a, b = scan_inputs(length, 0), scan_inputs(length, 0)
+        runs = (ScanRun(one["x"], one["delta"].abs(), one["B"]) for one in (a, b))
+        run_a, run_b, dy = *runs, draw(2, length, D_INNER)
+        for sum_d_inner in (False, True):
+            options: dict[str, Any] = {"sum_d_inner": sum_d_inner}
+            ours, theirs = (
+                contract_with_adjoint(run_a, run_b, dy, a["A"], b["C"], **options, backend=backend)
+                for backend in ("triton", "torch")
+            )
+            assert relative_error(ours, theirs.double()) < 1e-4
+
+
+def test_convs_and_steps_of_the_same_layout_in_turn() -> None:
+    weight, bias = draw(D_INNER, 4), draw(D_INNER)
+    for _ in range(3):
+        for skip in (0, 1):
+            x, window = draw(2, 9, D_INNER, skip=skip), draw(2, D_INNER, 4)
+            both(causal_conv, x, weight, bias, activation="silu", window=window, return_window=True)
+            both(causal_conv_step, x[:, 0], window, weight, bias, activation="silu")
+            expected = causal_conv_step(x[:, 1], window, weight, bias, backend="torch")
+            y, after = causal_conv_step(x[:, 1], window, weight, bias, in_place=True)
+            assert after is window
+            assert relative_error(y, expected.y.double()) < 1e-5
+            assert torch.equal(after, expected.window)
+            leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+            gradients = (
+                torch.autograd.grad(causal_conv(*leaves, activation="silu", backend=backend).y, leaves, x)
+                for backend in ("triton", "torch")
+            )
+            assert all(relative_error(a, b.double()) < 1e-5 for a, b in zip(*gradients, strict=True))
+            inputs = scan_inputs(1, skip)
+            at_0 = {name: inputs[name][:, 0] for name in ("x", "delta", "B", "C", "z")}
+            others: dict[str, Any] = {name: inputs[name] for name in ("A", "D", "delta_bias")}
+            both(selective_scan_step, inputs["initial_state"], **at_0, **others, delta_softplus=True)
+            correct = selective_scan_step(inputs["initial_state"], **at_0, **others, backend="torch")
+            y, state = selective_scan_step(inputs["initial_state"], **at_0, **others, in_place=True)
+            assert state is inputs["initial_state"]
+            assert relative_error(y, correct.y.double()) < 1e-5
+            assert relative_error(state, correct.state.double()) < 1e-5
+
+
+def test_launches_in_a_cuda_graph() -> None:
+    """Replayed launches can be captured, and read what their inputs hold then."""
+    inputs = scan_inputs(16, 0)
+    for _ in range(2):
+        selective_scan(**inputs, delta_softplus=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = selective_scan(**inputs, delta_softplus=True).y
+    inputs["x"].normal_()
+    graph.replay()
+    assert relative_error(y, selective_scan(**inputs, delta_softplus=True, backend="torch").y.double()) < 1e-5
