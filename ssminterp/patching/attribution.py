@@ -23,6 +23,7 @@ from ssminterp.models import HookedMamba, HookPoint
 from ssminterp.models.hook_points import HookSpec
 from ssminterp.models.hooked_mamba import Input
 from ssminterp.models.memory import free_bytes, recording_bytes
+from ssminterp.models.mixers.state_hook import StateHookPoint
 from ssminterp.patching.columns import SweepPositions, sweep_columns
 from ssminterp.patching.effects import By, kept_axes, kept_of, labelled_effects
 from ssminterp.patching.gradients import Recording, Run, gradient_run, recorded_run
@@ -38,7 +39,7 @@ from ssminterp.patching.request import (
 )
 from ssminterp.patching.results import Baselines
 from ssminterp.patching.selections import Selection
-from ssminterp.patching.state_scans import attributed_states, scan_inputs, scan_outputs, scan_suffices
+from ssminterp.patching.state_scans import attributed_states, scan_inputs, scan_suffices
 
 # Tensors of the recording's size that are alive at once: both runs' values or their difference, the zeros of the
 # states, and as much again for what the backward pass holds of a layer.
@@ -105,7 +106,7 @@ def attribution_patch(
     metrics: Baselines = {}
     for group in _groups(task):
         metrics = _attribute(task, group, found)
-    values = torch.stack([torch.stack([found[spec.name(row)].cpu() for row in rows]) for spec in specs])
+    values = torch.stack([_on_cpu([found[spec.name(row)] for row in rows]) for spec in specs])
     _check_finite(values, specs)
     method = "attribution" if steps is None else f"attribution, EAP-IG in {steps} steps"
     return labelled_effects(values, axes, metrics, sweep, direction, method, task.metric_name, reduce)
@@ -137,13 +138,16 @@ def _attribute(task: _Task, layers: Sequence[int], found: dict[str, Tensor]) -> 
     metric = (task.metric_name, task.metric)
     recording = _recording(task, layers)
     taps = list(recording.points)
-    if recording.whole:
-        taps = list(dict.fromkeys([*taps, *scan_outputs(model, layers)]))
     of_source = recorded_run(model, source, recording, *metric)
     if task.steps is None:
-        of_base = gradient_run(
-            model, base, taps, task.needed, recording, *metric, lambda run: _Contraction(task, of_source, run, found)
-        )
+        contractions: list[_Contraction] = []
+
+        def contraction_of(run: Run) -> _Contraction:
+            contractions.append(_Contraction(task, of_source, run, found))
+            return contractions[0]
+
+        of_base = gradient_run(model, base, taps, task.needed, recording, *metric, contraction_of)
+        contractions[0].finish()
         return {"source": of_source.metric, "base": of_base.metric}
     of_base = recorded_run(model, base, recording, *metric)
     contraction = _Contraction(task, of_source, of_base, found)
@@ -151,6 +155,7 @@ def _attribute(task: _Task, layers: Sequence[int], found: dict[str, Tensor]) -> 
     for step in range(task.steps):
         between = start.lerp(end, (step + 0.5) / task.steps)
         gradient_run(model, base, taps, task.needed, Recording(), *metric, lambda run: contraction, between)
+        contraction.finish()
     return {"source": of_source.metric, "base": of_base.metric}
 
 
@@ -160,7 +165,7 @@ def _recording(task: _Task, layers: Sequence[int]) -> Recording:
     if not _states_by_scan(task):
         return Recording(points, task.needed)
     others = [point for point in points if point.spec.short != "state"]
-    return Recording(others, task.needed, scan_inputs(task.sweep.model, layers))
+    return Recording(others, task.needed, scans=[point for point in points if isinstance(point, StateHookPoint)])
 
 
 def _states_by_scan(task: _Task) -> bool:
@@ -193,12 +198,16 @@ class _Indices(NamedTuple):
 
 
 class _Contraction:
-    """Gradient · difference, contracted as soon as a gradient arrives, so that no two gradients are held at once."""
+    """Gradient · difference, contracted as soon as a gradient arrives, so that no two gradients are held at once.
+
+    What is small then waits for `finish`, in which all of it takes a handful of launches.
+    """
 
     def __init__(self, task: _Task, source: Run, base: Run, found: dict[str, Tensor]) -> None:
         self.task = task
         self.found = found
-        self.scan_inputs = (source.whole, base.whole)
+        self.scans = {name: (source.scans[name], base.scans[name]) for name in base.scans}
+        self.waiting: dict[torch.device, dict[str, Float[Tensor, "batch n_positions"]]] = {}
         self.indices: dict[torch.device, _Indices] = {}
         # Popped one by one: two runs and their difference need not all be held.
         self.differences = {
@@ -207,18 +216,38 @@ class _Contraction:
         }
 
     def __call__(self, point: HookPoint, gradient: Tensor) -> None:
-        """Take the gradient of a hook point: [batch, pos, …], of a state [batch, n_positions, …]."""
-        if point.name in self.differences:
+        """Take the gradient of a hook point, [batch, pos, …], of a state [batch, n_positions, …] or of its scan's y."""
+        if point.name in self.scans:
+            of_source, of_base = self.scans.pop(point.name)
+            attributed = attributed_states(of_source, of_base, gradient, self.task.by == "position")
+            self._take(point.name, self._at_needed(attributed))
+        elif point.name in self.differences:
             difference = self.differences[point.name]
             here = gradient if point.spec.short == "state" else self._at_needed(gradient)
             kept = 2 + len(kept_of(point.spec, self.task.by))
-            self._keep(point.name, _sum_after(here.to(difference.dtype), difference, kept))
-        if point.spec.short == "y" and self.scan_inputs[0]:
-            assert point.layer is not None
-            state = attributed_states(
-                self.task.sweep.model, point.layer, *self.scan_inputs, gradient, self.task.by == "position"
-            )
-            self._keep(f"blocks.{point.layer}.mixer.hook_state", self._at_needed(state))
+            self._take(point.name, _sum_after(here.to(difference.dtype), difference, kept))
+
+    def finish(self) -> None:
+        """Put what was contracted since the last time into `found`."""
+        for device, parts in self.waiting.items():
+            _, examples, rows = self._on(device)
+            chosen = self._reduced(torch.stack(list(parts.values()))[:, examples, rows], 2)
+            for name, of_point in zip(parts, chosen.unbind(), strict=True):
+                self._keep(name, of_point)
+        self.waiting.clear()
+
+    def _take(self, name: str, attributed: Float[Tensor, "batch n_positions *kept"]) -> None:
+        if attributed.dim() == 2:
+            self.waiting.setdefault(attributed.device, {})[name] = attributed
+            return
+        _, examples, rows = self._on(attributed.device)
+        self._keep(name, self._reduced(attributed[examples, rows], 1))
+
+    def _reduced(self, chosen: Float[Tensor, "*columns batch *kept"], examples_axis: int) -> Tensor:
+        """The attributions of columns, of each example or on average, of one of the steps."""
+        chosen = chosen / (self.task.steps or 1)
+        mean = self.task.reduce == "mean"
+        return chosen.mean(examples_axis) if mean else chosen.movedim(examples_axis, -1)
 
     def _at_needed(self, tensor: Float[Tensor, "batch pos *axes"]) -> Float[Tensor, "batch n_positions *axes"]:
         everywhere = len(self.task.needed) == tensor.shape[1]
@@ -229,10 +258,7 @@ class _Contraction:
             self.indices[device] = _Indices.of(self.task, device)
         return self.indices[device]
 
-    def _keep(self, name: str, attributed: Float[Tensor, "batch n_positions *kept"]) -> None:
-        _, examples, rows = self._on(attributed.device)
-        chosen = attributed[examples, rows] / (self.task.steps or 1)
-        chosen = chosen.mean(1) if self.task.reduce == "mean" else chosen.movedim(1, -1)
+    def _keep(self, name: str, chosen: Float[Tensor, "column *kept"]) -> None:
         self.found[name] = self.found[name] + chosen if name in self.found else chosen
 
 
@@ -250,12 +276,20 @@ def _sum_after(first: Tensor, second: Tensor, kept: int) -> Tensor:
     return torch.einsum(f"{names},{names}->{names[:kept]}", first, second)
 
 
+def _on_cpu(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape, stacked; in one copy if they are on one device."""
+    if len({tensor.device for tensor in tensors}) == 1:
+        return torch.stack(list(tensors)).cpu()
+    return torch.stack([tensor.cpu() for tensor in tensors])
+
+
 def _groups(task: _Task) -> list[Sequence[int]]:
     """The layers in groups whose recordings and gradients fit in memory together; at least one layer each."""
     sweep, layers = task.sweep, task.sweep.layers
-    points, positions, whole = _recording(task, layers[:1])
-    size = recording_bytes(points, sweep.model.cfg, sweep.batch, len(positions))
-    size += recording_bytes(whole, sweep.model.cfg, sweep.batch, sweep.length)
+    recording = _recording(task, layers[:1])
+    size = recording_bytes(recording.points, sweep.model.cfg, sweep.batch, len(recording.positions))
+    if recording.scans:
+        size += recording_bytes(scan_inputs(sweep.model, layers[:1]), sweep.model.cfg, sweep.batch, sweep.length)
     at_once = max(1, free_bytes(sweep.model.device) // (COPIES * size))
     return [layers[start : start + at_once] for start in range(0, len(layers), at_once)]
 

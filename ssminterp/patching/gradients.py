@@ -1,8 +1,8 @@
 """Gradients at hooks: of a metric, with respect to an additive edit at every hook point asked for, in one backward.
 
-A zero that requires a gradient is added at each hook point. Its gradient is dMetric/d(tensor there), and at
-`hook_state` the adjoint dMetric/dh_t, direct and through all later states: there the zeros are affine edits, which go
-into one scan however many positions they name.
+Gradients are taken as they pass the hook points; where nothing behind a tensor requires one, a zero that does is added.
+At `hook_state` they are the adjoints dMetric/dh_t, direct and through all later states: there zeros are affine edits,
+which go into one scan however many positions they name.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ssminterp.models import HookedMamba, HookPoint
 from ssminterp.models.hook_points import Recorder, Registered, attached
+from ssminterp.models.mixers.scans import SelectiveScan
+from ssminterp.models.mixers.state_hook import StateHookPoint
 from ssminterp.models.mixers.state_scan import AffineStateHook
 from ssminterp.patching.metrics import Metric, checked
 
@@ -25,19 +27,23 @@ Receive: TypeAlias = Callable[[HookPoint, Tensor], None]
 
 
 class Recording(NamedTuple):
-    """What to keep of a run: some hook points at some positions, and others at all."""
+    """What to keep of a run: some hook points at some positions, others at all, and what the scans of some states take
+    in."""
 
     points: Sequence[HookPoint] = ()
     positions: Sequence[int] = ()
     whole: Sequence[HookPoint] = ()
+    scans: Sequence[StateHookPoint] = ()
 
 
 class Run(NamedTuple):
-    """The metric of a run, and what its hook points held: {name: [batch, n_positions, *features]}, and whole."""
+    """The metric of a run, what its hook points held, {name: [batch, n_positions, *features]} and whole, and scans by
+    the names of their states."""
 
     metric: Float[Tensor, " batch"]
     activations: dict[str, Tensor]
     whole: dict[str, Tensor]
+    scans: dict[str, SelectiveScan]
 
 
 @torch.no_grad()
@@ -45,8 +51,15 @@ def recorded_run(
     model: HookedMamba, tokens: Int[Tensor, "batch pos"], recording: Recording, metric_name: str, metric: Metric
 ) -> Run:
     """One forward. Raises ValueError if the metric is not one number per example, or the recording does not fit."""
-    logits, *recorded = _run(model, tokens, recording)
-    return Run(checked(metric_name, metric(logits), len(tokens)), *recorded)
+    scans: dict[str, SelectiveScan] = {}
+
+    def keep(point: StateHookPoint, scan: SelectiveScan, y: Tensor) -> Tensor:
+        scans[point.name] = scan
+        return y
+
+    with _watched(recording.scans, keep):
+        logits, activations, whole = _run(model, tokens, recording)
+    return Run(checked(metric_name, metric(logits), len(tokens)), activations, whole, scans)
 
 
 def _run(
@@ -80,9 +93,11 @@ def gradient_run(
     """One forward and one backward: `receiver(run)`, called in between, gives what every gradient is handed to.
 
     Gradients are [batch, pos, *features], those of states [batch, n_positions, d_inner, d_state] at the `positions`
-    alone. Each is freed once it was received. Parameters get none.
+    alone. Each is freed once it was received. Parameters get none. For a state whose scan is recorded, the gradient of
+    the scan's output [batch, pos, d_inner] is received in its name.
 
-    points: where gradients are taken. embeddings: what to go on with at `hook_embed` instead of the tokens' own.
+    points: where gradients are taken; no state whose scan is recorded. embeddings: what to go on with at `hook_embed`
+        instead of the tokens' own.
 
     Raises ValueError if the metric is not one number per example, or has no gradient.
     """
@@ -94,47 +109,80 @@ def gradient_run(
         if embeddings is not None:
             replacement = embeddings
             stack.enter_context(model.hooks([("hook_embed", lambda tensor, hook: replacement)]))
-        zeros = stack.enter_context(
-            _tapped(model, len(tokens), points, positions, lambda point, gradient: receive[0](point, gradient))
-        )
-        logits, *recorded = _run(model, tokens, recording)
+
+        def receive_one(point: HookPoint, gradient: Tensor) -> None:
+            receive[0](point, gradient)
+
+        zeros: list[Tensor] = []
+        scans: dict[str, SelectiveScan] = {}
+
+        def tap_scan(point: StateHookPoint, scan: SelectiveScan, y: Tensor) -> Tensor:
+            scans[point.name] = scan
+            return _tapped_tensor(y, point, receive_one, zeros)
+
+        stack.enter_context(_tapped(model, len(tokens), points, positions, receive_one, zeros))
+        stack.enter_context(_watched(recording.scans, tap_scan))
+        logits, activations, whole = _run(model, tokens, recording)
         values = checked(metric_name, metric(logits), len(tokens))
         if not values.requires_grad:
             raise ValueError(
                 f"the metric {metric_name!r} has no gradient with respect to the logits: attribution needs one that "
                 "is differentiable, logit_diff or kl say, not a count of right answers"
             )
-        run = Run(values.detach(), *recorded)
+        run = Run(values.detach(), activations, whole, scans)
         receive.append(receiver(run))
-        torch.autograd.grad(values.sum(), zeros, allow_unused=True)
+        try:
+            torch.autograd.grad(values.sum(), zeros, allow_unused=True)
+        finally:
+            # The graph's hooks lead here, and what receives gradients may hold tensors of the graph.
+            receive.clear()
     return run
 
 
 @contextmanager
+def _watched(
+    points: Sequence[StateHookPoint], watcher: Callable[[StateHookPoint, SelectiveScan, Tensor], Tensor]
+) -> Iterator[None]:
+    """A context in which a watcher is called after the scans of these states."""
+    for point in points:
+        point.watchers.append(watcher)
+    try:
+        yield
+    finally:
+        for point in points:
+            point.watchers.remove(watcher)
+
+
+@contextmanager
 def _tapped(
-    model: HookedMamba, batch: int, points: Sequence[HookPoint], positions: Sequence[int], receive: Receive
-) -> Iterator[list[Tensor]]:
-    """A context in which zeros are added at the hook points in a run. Yields the zeros, which appear in the run."""
-    zeros: list[Tensor] = []
+    model: HookedMamba,
+    batch: int,
+    points: Sequence[HookPoint],
+    positions: Sequence[int],
+    receive: Receive,
+    zeros: list[Tensor],
+) -> Iterator[None]:
+    """A context in which the gradients of a run's tensors at the hook points are received. Fills `zeros`, in the run:
+    what the metric is to be differentiated with respect to."""
     pairs: list[tuple[HookPoint, Registered]] = []
     for point in points:
         if point.spec.short == "state":
             taps = _state_taps(model, batch, point, positions, receive, zeros)
         else:
-            taps = [_tap(receive, zeros)]
+            taps = [Registered(lambda tensor, hook: _tapped_tensor(tensor, hook, receive, zeros), None)]
         pairs += [(point, tap) for tap in taps]
     # Attached directly: model.hooks would look up the name anew for every position of every state.
     with attached(pairs):
-        yield zeros
+        yield
 
 
-def _tap(receive: Receive, zeros: list[Tensor]) -> Registered:
-    def add_zero(tensor: Tensor, hook: HookPoint) -> Tensor:
-        expanded = _expanded_zero(tensor.shape, tensor.dtype, tensor.device, zeros)
-        expanded.register_hook(lambda gradient: receive(hook, gradient))
-        return tensor + expanded
-
-    return Registered(add_zero, None)
+def _tapped_tensor(tensor: Tensor, hook: HookPoint, receive: Receive, zeros: list[Tensor]) -> Tensor:
+    """The tensor, whose gradient is received. The first ones of a run have no graph behind them until a zero is added;
+    neither has what an intervention puts in the place of what the model computed."""
+    if not tensor.requires_grad:
+        tensor = tensor + _expanded_zero(tensor.shape, tensor.dtype, tensor.device, zeros)
+    tensor.register_hook(lambda gradient: receive(hook, gradient))
+    return tensor
 
 
 def _state_taps(

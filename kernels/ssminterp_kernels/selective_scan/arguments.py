@@ -84,8 +84,13 @@ def check_arguments(arguments: ScanArguments) -> ScanArguments:
     states = _checked_states(arguments.states, x.shape[1])
     _check_states_dtype(arguments)
     edits = _checked_edits(arguments.edits, x, A.shape[1])
-    B, C = (weights.unsqueeze(2) if weights.dim() == 3 else weights for weights in (B, C))
-    return arguments._replace(B=B, C=C, states=states, edits=edits)
+    return with_groups_axis(arguments)._replace(states=states, edits=edits)
+
+
+def with_groups_axis(arguments: ScanArguments) -> ScanArguments:
+    """With B and C as [batch, pos, n_groups, d_state]."""
+    B, C = (weights.unsqueeze(2) if weights.dim() == 3 else weights for weights in (arguments.B, arguments.C))
+    return arguments._replace(B=B, C=C)
 
 
 @once_per_layout

@@ -6,7 +6,7 @@ patched in at that position (attribution patching, Nanda 2023; Syed et al. 2023,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssminterp_kernels.backends import on_device_of
+from ssminterp_kernels.checks import once_per_layout
 from ssminterp_kernels.selective_scan.adjoint import adjoint_states
-from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
+from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments, with_groups_axis
 from ssminterp_kernels.selective_scan.interface import Backend, choose_backend, selective_scan
 
 _CHUNK = 64  # positions whose states and adjoints the torch path holds at once
@@ -53,19 +54,28 @@ def contract_with_adjoint(
 
     Raises ValueError as `selective_scan` does.
     """
+    _check(*a, *b, dy, A, C, z, delta_bias, dfinal_state)
     runs = tuple(
-        check_arguments(
+        with_groups_axis(
             ScanArguments(run.x, run.delta, A, run.B, C, None, z, delta_bias, delta_softplus, run.initial_state)
         )
         for run in (a, b)
     )
-    check_arguments(ScanArguments(dy, b.delta, A, C, C, initial_state=dfinal_state))
     if choose_backend(runs[1], backend) == "triton":
         from ssminterp_kernels.selective_scan.triton_contract import triton_contract
 
         with on_device_of(dy):
             return triton_contract(runs[0], runs[1], dy, dfinal_state, sum_d_inner)
     return _torch_contract(runs[0], runs[1], dy, dfinal_state, sum_d_inner)
+
+
+@once_per_layout
+def _check(*tensors: Any) -> None:
+    a, b = ScanRun(*tensors[:4]), ScanRun(*tensors[4:8])
+    dy, A, C, z, delta_bias, dfinal_state = tensors[8:]
+    for run in (a, b):
+        check_arguments(ScanArguments(run.x, run.delta, A, run.B, C, None, z, delta_bias, False, run.initial_state))
+    check_arguments(ScanArguments(dy, b.delta, A, C, C, initial_state=dfinal_state))
 
 
 def _torch_contract(

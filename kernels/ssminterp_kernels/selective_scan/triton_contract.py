@@ -190,29 +190,39 @@ def triton_contract(
 ) -> Float[Tensor, "batch pos *d_inner"]:
     """As `contract_with_adjoint`; takes arguments from `check_arguments`."""
     run_a, run_b = scan_tensors(a), scan_tensors(b)
-    # Without its only segment's beginning the scan of a short sequence would be of no use.
-    boundaries = [
+    # A short sequence has one segment only, which begins with the initial state.
+    begin_a, begin_b = (
         scan_forward(run._replace(z=None), save=True)[3] if dy.shape[1] > SEGMENT else None for run in (run_a, run_b)
-    ]
+    )
     if dfinal_state is None:
         dfinal_state = zero(torch.float32, dy.device).expand(dy.shape[0], *run_b.A.shape)
-    out = _contract(*run_a, *run_b, *boundaries, dy, dfinal_state, sum_d_inner)
+    of_a = (run_a.x, run_a.delta, run_a.B, run_a.initial_state)
+    out = _contract(*of_a, begin_a, begin_b, dy, dfinal_state, sum_d_inner, *run_b)
     return out.sum(-1) if sum_d_inner else out
 
 
 @repeated
-def _contract(*arguments: Any) -> Tensor:
+def _contract(
+    x_a: Tensor,
+    delta_a: Tensor,
+    B_a: Tensor,
+    initial_state_a: Tensor | None,
+    boundaries_a: Tensor | None,
+    boundaries_b: Tensor | None,
+    dy: Tensor,
+    dfinal_state: Tensor,
+    sum_d_inner: bool,
+    *of_b: Any,
+) -> Tensor:
     """[batch, pos, d_inner], or [batch, pos, n_blocks] to be summed."""
-    *fields, boundaries_a, boundaries_b, dy, dfinal_state, sum_d_inner = arguments
-    n_fields = len(ScanTensors._fields)
-    run_a, run_b = ScanTensors(*fields[:n_fields]), ScanTensors(*fields[n_fields:])
+    run_b = ScanTensors(*of_b)
     batch, length, d_inner = dy.shape
     d_state = run_b.A.shape[1]
     plan = backward_plan(run_b)
-    begins = [
-        strided_state(run.initial_state) if boundaries is None else strided(boundaries)
-        for run, boundaries in ((run_a, boundaries_a), (run_b, boundaries_b))
-    ]
+    begin_a, begin_b = (
+        strided_state(initial_state) if boundaries is None else strided(boundaries)
+        for initial_state, boundaries in ((initial_state_a, boundaries_a), (run_b.initial_state, boundaries_b))
+    )
     future = strided_state(dfinal_state)
     if plan.is_chunked:
         future = strided(futures_of_chunks(run_b, plan, dy, None, dfinal_state))
@@ -222,11 +232,11 @@ def _contract(*arguments: Any) -> Tensor:
     launch(
         contract_kernel,
         (plan.programs(batch),),
-        *(strided(run_a.x), strided(run_a.delta), strided(run_a.B), begins[0]),
-        *(strided(run_b.x), strided(run_b.delta), strided(run_b.B), begins[1]),
+        *(strided(x_a), strided(delta_a), strided(B_a), begin_a),
+        *(strided(run_b.x), strided(run_b.delta), strided(run_b.B), begin_b),
         *(strided(run_b.z), strided(run_b.A), strided(run_b.C), strided(run_b.bias), strided(dy), future, strided(out)),
         *((scratch,), *placement(plan, length), d_state, 0),
-        POS_A=strides_of_pos(run_a.x, run_a.delta, run_a.B),
+        POS_A=strides_of_pos(x_a, delta_a, B_a),
         POS_B=strides_of_pos(run_b.x, run_b.delta, run_b.B),
         POS=strides_of_pos(run_b.C, dy, run_b.z, out),
         SOFTPLUS=run_b.softplus,

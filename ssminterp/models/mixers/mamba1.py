@@ -218,6 +218,8 @@ class HookedMambaMixer(nn.Module):
             in_place = fused and not torch.is_grad_enabled() and not self.hook_state.is_listened_to
             scan = SelectiveScan(x, step, self.A(), B, C, self.D if fused else None, gate if fused else None, in_place)
         y, final_state = scan_with_state_hooks(scan, self.hook_state, x, self.d_state, initial_state)
+        for watch in self.hook_state.watchers:
+            y = watch(self.hook_state, scan, y)
         if fused:
             self.hook_y.pass_by()
             self.hook_ssm_out.pass_by()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Float
@@ -16,6 +17,8 @@ class StateHookPoint(HookPoint):
     """The hook point of a state trajectory. Its functions run inside the scan, so calling it only shows the states.
 
     at: the state at single positions, where nnsight traces read and change it inside the scan.
+    watchers: functions `(hook, scan, y) -> y` that are called after each scan, with what it took in and what it gave.
+        They listen to no state, so that whatever rides in the scan's kernel goes on doing so.
     shown: the positions of the trajectory that is shown to traces; None means all.
     """
 
@@ -26,6 +29,7 @@ class StateHookPoint(HookPoint):
         super().__init__(spec, layer)
         self.at = StatePositions()
         self.shown: Positions | None = None
+        self.watchers: list[Callable[[StateHookPoint, Any, Tensor], Tensor]] = []
 
     @property
     def is_traced(self) -> bool:
