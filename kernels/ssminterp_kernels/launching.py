@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssminterp_kernels.backends import on_device_of
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -35,8 +37,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 
 def repeated(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Marks a function of tensors (or None) and hashable flags, given by position, that allocates tensors, makes views
-    and launches kernels with `launch`. It returns a tensor, or a tuple of tensors and None, all of its own making.
+    """Marks a function of tensors of one device (or None) and hashable flags, given by position, that allocates
+    tensors, makes views and launches kernels with `launch`. It returns a tensor, or a tuple of tensors and None, all of
+    its own making.
 
     Its first call with arguments of a layout runs it, later ones repeat what it did. Calls in which it did anything
     else, changed a tensor in place say, are never repeated; neither are those of Triton's interpreter. Two layouts are
@@ -69,7 +72,9 @@ def repeated(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
             return result
         if recipe is None:
             return function(*arguments)  # type: ignore[call-arg]
-        return cast("_Recipe", recipe).repeat(pointers)
+        # Compiled kernels go to the current GPU too, and the function chose its own.
+        with on_device_of(next(argument for argument in arguments if isinstance(argument, Tensor))):
+            return cast("_Recipe", recipe).repeat(pointers)
 
     wrapper.known = known  # type: ignore[attr-defined]
     return cast("Callable[Arguments, Result]", wrapper)

@@ -6,6 +6,7 @@ import ctypes
 import re
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,22 @@ def test_arguments_that_were_one_tensor_may_be_two_the_next_time() -> None:
     function(x, x, 1.0, False)
     torch.testing.assert_close(function(x, y, 1.0, False)[0], 2 * x + y)
     torch.testing.assert_close(function(y, y, 1.0, False)[0], 3 * y)
+
+
+def test_what_is_repeated_runs_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    function = add_twice(Kernel(_add_scaled))
+    x = torch.randn(3)
+    function(x, None, 1.0, False)
+    devices_of: list[Tensor] = []
+
+    def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+        devices_of.append(tensor)
+        return nullcontext()
+
+    monkeypatch.setattr(launching, "on_device_of", on_device_of)
+    function(x, None, 1.0, False)
+    assert len(devices_of) == 1
+    assert devices_of[0] is x
 
 
 def test_results_keep_strides_and_share_memory_as_the_functions_do() -> None:

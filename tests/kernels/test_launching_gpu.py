@@ -124,3 +124,18 @@ def test_launches_in_a_cuda_graph() -> None:
     inputs["x"].normal_()
     graph.replay()
     assert relative_error(y, selective_scan(**inputs, delta_softplus=True, backend="torch").y.double()) < 1e-5
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_launches_go_to_the_device_of_their_tensors() -> None:
+    """Also when they are repeated, whichever device is the current one."""
+    inputs = {name: tensor.to("cuda:1") for name, tensor in scan_inputs(9, 0).items()}
+    x, A, state = inputs["x"], inputs["A"], inputs["initial_state"]
+    weight, window = (draw(D_INNER, 4).to("cuda:1"), draw(2, D_INNER, 4).to("cuda:1"))
+    at_0 = [inputs[name][:, 0] for name in ("B", "C")]
+    with torch.cuda.device(0):
+        for _ in range(3):
+            both(selective_scan, **inputs, delta_softplus=True)
+            both(causal_conv, x, weight, window=window)
+            both(causal_conv_step, x[:, 0], window, weight)
+            both(selective_scan_step, state, x[:, 0], x[:, 0].abs(), A, *at_0)
