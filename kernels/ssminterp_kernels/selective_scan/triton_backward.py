@@ -11,9 +11,10 @@ blocks are taken last to first: a block's states are replayed into shared memory
 (dB, dC) and over batch and time (dA, dD, dbias) are written as partial sums per program and added up in a fixed order,
 so that the result does not depend on scheduling.
 
-A program is one warp. A thread holds the d_state values of one channel (16 at most), so that rows of x, delta, z and dy
-are used by the lanes that load them, and sums over d_state stay in the thread; what sums over channels is put into
-shared memory and read across at a block's end.
+What there is per channel (x, delta, z, dy and their gradients) lies a channel a lane. Of a tile [channel, d_state] a
+thread holds 4 states of 4 channels: it adds up a quarter of each sum over d_state, and 4 channels of each sum over
+channels, in its registers, and reads a quarter of each row of B and C. The rest of a sum is read across shared memory,
+through which numbers per channel also pass from lanes to tiles.
 """
 
 from __future__ import annotations
@@ -38,14 +39,21 @@ from ssminterp_kernels.selective_scan.triton_layouts import (
     full_row,
     full_tile,
     jit,
+    part_over_channels,
     position_numbers,
     put,
+    put_over_states,
+    put_two_over_channels,
     row_state_numbers,
     shared_rows,
+    shared_sums,
     shared_tiles,
     shared_values,
     state_numbers,
-    state_numbers_across,
+    sum_numbers,
+    summed_state_numbers,
+    take_over_channels,
+    take_over_states,
     take_row,
     take_tile,
     take_value,
@@ -61,14 +69,14 @@ from ssminterp_kernels.selective_scan.triton_math import (
 
 @jit
 @no_type_check
-def _replayed(state, A2, step, x, B, t, edit, edits, edits_here, keep, add, place):
+def _replayed(state, A2, step, inflow, B, t, edit, edits, edits_here, keep, add, place):
     """The state after position t, edited if its edit is the next, and the number of the next edit.
 
-    place: batch, d, n and which of the tile are there.
+    inflow: Δ x. place: batch, d, n and which of the tile are there.
     """
     batch, d, n, tile_there = place
     state = tl.exp2(step[:, None] * A2) * state
-    state += (step * x.to(tl.float32))[:, None] * B
+    state += inflow[:, None] * B
     if edits is not None:
         if position_or_never(edits_here, edit, edits[2]) == t:
             state = state * load_tile(keep, batch, edit, d, n, tile_there)
@@ -77,7 +85,7 @@ def _replayed(state, A2, step, x, B, t, edit, edits, edits_here, keep, add, plac
     return state, edit
 
 
-@jit(do_not_specialize=["length", "chunk_length", "n_chunks", "n_blocks", "group_size", "zero"])
+@jit(do_not_specialize=["length", "chunk_length", "n_chunks", "n_blocks", "group_size"])
 @no_type_check
 def scan_backward_kernel(
     x,
@@ -112,7 +120,6 @@ def scan_backward_kernel(
     group_size,
     d_inner,
     d_state,
-    zero,
     POS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -121,11 +128,12 @@ def scan_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    PARTS: tl.constexpr,
     TILE: tl.constexpr,
-    ACROSS: tl.constexpr,
+    LINES: tl.constexpr,
+    SUMS: tl.constexpr,
     ROWS: tl.constexpr,
-    STATES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    PLAIN: tl.constexpr,
     VALUES: tl.constexpr,
 ):
     """One program: one batch element, one chunk, BLOCK_D channels of one group.
@@ -137,7 +145,7 @@ def scan_backward_kernel(
     bias); dkeep, dadd: [batch, n_edits, d_inner, d_state]; dstart: [batch, 1, d_inner, d_state].
     scratch: (pointer to [programs, SEGMENT / BLOCK_T, BLOCK_D, BLOCK_N],). POS: the strides of the position axes of x,
     delta, z, B, C, dy, dx, ddelta, dz and dweights. MASK: some block of BLOCK_T positions or BLOCK_D channels is not
-    full; MASK_N: d_state is less than BLOCK_N. TILE and what follows: see `Layouts`.
+    full; MASK_N: d_state is less than BLOCK_N. PARTS: see `Parts`; TILE and what follows: see `Layouts`.
 
     Positions are 32-bit numbers, because pairs of registers for them and their masks cost a twentieth of the time.
     """
@@ -147,13 +155,16 @@ def scan_backward_kernel(
     batch = (pid // n_blocks // n_chunks).to(tl.int64)
     blocks_per_group = (group_size + BLOCK_D - 1) // BLOCK_D
     group = block // blocks_per_group
-    lane = channel_numbers(BLOCK_D, TILE)
-    in_group = (block % blocks_per_group) * BLOCK_D + lane
-    d0 = (group * group_size + (block % blocks_per_group) * BLOCK_D).to(tl.int64)
-    d = d0 + lane
-    there = in_group < group_size
+    lane = channel_numbers(BLOCK_D, LINES)
+    first_channel = (block % blocks_per_group) * BLOCK_D
+    d0 = (group * group_size + first_channel).to(tl.int64)
+    there = first_channel + lane < group_size
+    bias_row = load_row(bias, d0 + lane, there, BLOCK_D, LINES)
+    D_row = load_row(D, d0 + lane, there, BLOCK_D, LINES)
+    channel = channel_numbers(BLOCK_D, TILE)
+    d = d0 + channel
     n = state_numbers(BLOCK_N, TILE)
-    tile_there = there[:, None] & (n < d_state)[None, :]
+    tile_there = (first_channel + channel < group_size)[:, None] & (n < d_state)[None, :]
     A2 = tl.load(A[0] + (d[:, None] * A[1] + n[None, :] * A[2]), mask=tile_there, other=0.0).to(tl.float32) * LOG2E
     x_start = start_of(x, batch, d0)
     delta_start = start_of(delta, batch, d0)
@@ -167,26 +178,25 @@ def scan_backward_kernel(
     row_there = row_n < d_state
     B_rows = B[0] + batch * B[1] + group * B[3] + row_n[None, :] * B[4]
     C_rows = C[0] + batch * C[1] + group * C[3] + row_n[None, :] * C[4]
-    n_across = state_numbers_across(BLOCK_N, ACROSS)
-    across_there = n_across < d_state
-    dB_rows = dweights[0] + ((batch * length) * n_blocks + block) * d_state + n_across
-    dC_rows = dB_rows + (tl.num_programs(0) // n_blocks // n_chunks).to(tl.int64) * length * n_blocks * d_state
+    # Sums over channels: dB of BLOCK_T positions, then dC of them.
+    sum_number = sum_numbers(2 * BLOCK_T, SUMS)
+    sum_u = sum_number % BLOCK_T
+    sum_n = summed_state_numbers(BLOCK_N, SUMS)
+    sum_there = (sum_n < d_state)[None, :]
+    n_batch = tl.num_programs(0) // n_blocks // n_chunks
+    sums_at = dweights[0] + (batch * length * n_blocks + block) * d_state
+    sums_at += (sum_number // BLOCK_T).to(tl.int64)[:, None] * n_batch * length * n_blocks * d_state
+    sums_at += sum_u[:, None] * POS[9] + sum_n[None, :]
     own_scratch = scratch[0] + pid.to(tl.int64) * (SEGMENT // BLOCK_T) * BLOCK_N * BLOCK_D
-    scratch_tile = lane[:, None] * BLOCK_N + n[None, :]
-    history = shared_tiles(BLOCK_T, BLOCK_D, BLOCK_N, STATES)
-    products = shared_tiles(2, BLOCK_D, BLOCK_N, STATES)
-    x_kept = shared_values(BLOCK_T, BLOCK_D, VALUES)
-    delta_kept = shared_values(BLOCK_T, BLOCK_D, VALUES)
+    scratch_tile = channel[:, None] * BLOCK_N + n[None, :]
+    history = shared_tiles(BLOCK_T - 1, BLOCK_D, BLOCK_N, PLAIN)
+    over_states = shared_tiles(2 * BLOCK_T, BLOCK_D, BLOCK_N // PARTS[0], PLAIN)
+    over_channels = shared_sums(2 * BLOCK_T, PARTS[2], BLOCK_N)
     step_kept = shared_values(BLOCK_T, BLOCK_D, VALUES)
-    z_kept = shared_values(BLOCK_T, BLOCK_D, VALUES)
+    inflow_kept = shared_values(BLOCK_T, BLOCK_D, VALUES)
     dy_kept = shared_values(BLOCK_T, BLOCK_D, VALUES)
-    bias_kept, D_kept = shared_values(2, BLOCK_D, VALUES)
-    put(bias_kept, load_row(bias, d, there, BLOCK_D, TILE))
-    put(D_kept, load_row(D, d, there, BLOCK_D, TILE))
-    B_shared = shared_rows(BLOCK_T, BLOCK_N, WEIGHTS)
-    C_shared = shared_rows(BLOCK_T, BLOCK_N, WEIGHTS)
-    # A number that the compiler does not know keeps it from holding BLOCK_T tiles of A_bar in registers.
-    unknown_zero = zero.to(tl.float32)
+    B_shared = shared_rows(BLOCK_T, BLOCK_N, PLAIN)
+    C_shared = shared_rows(BLOCK_T, BLOCK_N, PLAIN)
     edits_here = x_start
     place = (batch, d, n, tile_there)
     if edits is not None:
@@ -194,8 +204,8 @@ def scan_backward_kernel(
 
     carry = load_tile(future, batch, chunk, d, n, tile_there)
     dA = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
-    dD = full_row(0.0, BLOCK_D, TILE)
-    dbias = full_row(0.0, BLOCK_D, TILE)
+    dD = full_row(0.0, BLOCK_D, LINES)
+    dbias = full_row(0.0, BLOCK_D, LINES)
     first = (chunk * chunk_length).to(tl.int32)
     stop = tl.minimum(first + chunk_length, length).to(tl.int32)
     record = tl.cast(0, tl.int32)
@@ -226,12 +236,16 @@ def scan_backward_kernel(
             edit = tl.cast(0, tl.int32)
             if edits is not None:
                 edit = count_before(edits_here, edits[2], t0)
-            bias_row = take_value(bias_kept, TILE)
             for u in tl.static_range(BLOCK_T):
                 step = step_size(delta_here[u], bias_row, SOFTPLUS)
+                put(step_kept[u], step)
+                put(inflow_kept[u], step * x_here[u].to(tl.float32))
+            for u in tl.static_range(BLOCK_T):
+                step = take_value(step_kept[u], TILE)
+                inflow = take_value(inflow_kept[u], TILE)
                 B_row = take_row(B_shared, u, TILE)
                 state, edit = _replayed(
-                    state, A2, step, x_here[u], B_row, t0 + u, edit, edits, edits_here, keep, add, place
+                    state, A2, step, inflow, B_row, t0 + u, edit, edits, edits_here, keep, add, place
                 )
             tl.store(own_scratch + piece * BLOCK_N * BLOCK_D + scratch_tile, state)
 
@@ -242,74 +256,71 @@ def scan_backward_kernel(
         for later in range(0, n_pieces):
             piece = n_pieces - 1 - later
             t0 = begin + piece * BLOCK_T
-            x_here = x_next
-            delta_here = delta_next
-            for u in tl.static_range(BLOCK_T):
-                put(x_kept[u], x_next[u].to(tl.float32))
-                put(delta_kept[u], delta_next[u].to(tl.float32))
-                put(dy_kept[u], dy_next[u].to(tl.float32))
-                if z is not None:
-                    put(z_kept[u], z_next[u].to(tl.float32))
+            before = tl.load(own_scratch + piece * BLOCK_N * BLOCK_D + scratch_tile)
             put(B_shared, B_block.to(tl.float32))
             put(C_shared, C_block.to(tl.float32))
-            before = tl.load(own_scratch + piece * BLOCK_N * BLOCK_D + scratch_tile)
+            x_here = ()
+            delta_here = ()
+            gates = ()
+            for u in tl.static_range(BLOCK_T):
+                x_row = x_next[u].to(tl.float32)
+                raw = delta_next[u].to(tl.float32) + bias_row
+                step = step_size(raw, 0.0, SOFTPLUS)
+                dy_row = dy_next[u].to(tl.float32)
+                if z is not None:
+                    gate = z_next[u].to(tl.float32)
+                    open_ = sigmoid(gate)
+                    gates = gates + (dy_row * open_ * (1.0 + gate * (1.0 - open_)),)
+                    dy_row *= gate * open_
+                if MASK:
+                    step = tl.where(t0 + u < end, step, 0.0)
+                put(step_kept[u], step)
+                put(inflow_kept[u], step * x_row)
+                put(dy_kept[u], dy_row)
+                x_here = x_here + (x_row,)
+                delta_here = delta_here + (raw,)
+            edit = tl.cast(0, tl.int32)
+            if edits is not None:
+                edit = count_before(edits_here, edits[2], t0)
+            state = before
+            for u in tl.static_range(BLOCK_T):
+                step = take_value(step_kept[u], TILE)
+                inflow = take_value(inflow_kept[u], TILE)
+                B_row = take_row(B_shared, u, TILE)
+                state, edit = _replayed(
+                    state, A2, step, inflow, B_row, t0 + u, edit, edits, edits_here, keep, add, place
+                )
+                if u < BLOCK_T - 1:
+                    put(history[u], state)
+                if z is not None:
+                    put_over_states(over_states[u], state * take_row(C_shared, u, TILE), PARTS[0])
+                dC_part = part_over_channels(state * take_value(dy_kept[u], TILE)[:, None], PARTS[1])
+                if u % 2 == 0:
+                    other_part = dC_part
+                else:
+                    put_two_over_channels(over_channels, BLOCK_T + u - 1, other_part, dC_part)
+            dx_at = dx_start + t0.to(tl.int64) * POS[6]
+            ddelta_at = ddelta_start + t0.to(tl.int64) * POS[7]
+            dz_at = dz_start + t0.to(tl.int64) * POS[8]
+            if z is not None:
+                for u in tl.static_range(BLOCK_T):
+                    dz_row = gates[u] * (take_over_states(over_states[u], LINES) + D_row * x_here[u])
+                    store_masked(dz_at + (lane * dz[3] + u * POS[8]), dz_row, there & (t0 + u < end), MASK)
             x_next = load_rows(x, x_start, lane, t0 - BLOCK_T, begin, end, there, POS[0], BLOCK_T, MASK)
             delta_next = load_rows(delta, delta_start, lane, t0 - BLOCK_T, begin, end, there, POS[1], BLOCK_T, MASK)
             z_next = load_rows(z, z_start, lane, t0 - BLOCK_T, begin, end, there, POS[2], BLOCK_T, MASK)
             dy_next = load_rows(dy, dy_start, lane, t0 - BLOCK_T, begin, end, there, POS[5], BLOCK_T, MASK)
             B_block = load_weights(B_rows, t0 - BLOCK_T, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
             C_block = load_weights(C_rows, t0 - BLOCK_T, begin, end, row_u, row_there, POS[4], BLOCK_T, MASK or MASK_N)
-            edit = tl.cast(0, tl.int32)
-            if edits is not None:
-                edit = count_before(edits_here, edits[2], t0)
-            bias_row = take_value(bias_kept, TILE)
-            steps = ()
-            for u in tl.static_range(BLOCK_T):
-                step = step_size(delta_here[u], bias_row, SOFTPLUS)
-                if MASK:
-                    step = tl.where(t0 + u < end, step, 0.0)
-                put(step_kept[u], step)
-                steps = steps + (step,)
-            state = before
-            for u in tl.static_range(BLOCK_T):
-                step = steps[u]
-                B_row = take_row(B_shared, u, TILE)
-                state, edit = _replayed(
-                    state, A2, step, x_here[u], B_row, t0 + u, edit, edits, edits_here, keep, add, place
-                )
-                if u < BLOCK_T - 1:
-                    put(history[u], state)
-            dB_at = dB_rows + t0.to(tl.int64) * POS[9]
-            dC_at = dC_rows + t0.to(tl.int64) * POS[9]
-            dx_at = dx_start + t0.to(tl.int64) * POS[6]
-            ddelta_at = ddelta_start + t0.to(tl.int64) * POS[7]
-            dz_at = dz_start + t0.to(tl.int64) * POS[8]
             for u in tl.static_range(BLOCK_T - 1, -1, -1):
                 t = t0 + u
-                mask = there & (t < end)
                 previous = before
                 if u > 0:
                     previous = take_tile(history[u - 1], TILE)
-                x_row = take_value(x_kept[u], TILE)
-                D_row = take_value(D_kept, TILE)
                 step = take_value(step_kept[u], TILE)
+                inflow = take_value(inflow_kept[u], TILE)
                 B_row = take_row(B_shared, u, TILE)
-                C_row = take_row(C_shared, u, TILE)
-                dy_row = take_value(dy_kept[u], TILE)
-                if z is not None:
-                    gate = take_value(z_kept[u], TILE)
-                    open_ = sigmoid(gate)
-                    y_row = tl.sum(state * C_row, 1) + D_row * x_row
-                    store_masked(
-                        dz_at + (lane * dz[3] + u * POS[8]),
-                        dy_row * y_row * open_ * (1.0 + gate * (1.0 - open_)),
-                        mask,
-                        MASK,
-                    )
-                    dy_row *= gate * open_
-                # This position's state has been read: its place takes what dC sums over channels.
-                put(history[u], state * dy_row[:, None])
-                adjoint = carry + C_row * dy_row[:, None]
+                adjoint = carry + take_row(C_shared, u, TILE) * take_value(dy_kept[u], TILE)[:, None]
                 if dstates is not None:
                     if recorded is None:
                         adjoint += load_tile(dstates, batch, t, d, n, tile_there & (t < end))
@@ -317,42 +328,46 @@ def scan_backward_kernel(
                         if position_or_never(recorded[0], record, recorded[1]) == t:
                             adjoint += load_tile(dstates, batch, record, d, n, tile_there)
                             record -= 1
-                A_bar = tl.exp2((step + unknown_zero)[:, None] * A2)
+                A_bar = tl.exp2(step[:, None] * A2)
                 if edits is not None:
                     if position_or_never(edits_here, edit - 1, edits[2]) == t:
                         edit -= 1
-                        unedited = A_bar * previous + (step * x_row)[:, None] * B_row
+                        unedited = A_bar * previous + inflow[:, None] * B_row
                         tl.store(tile_at(dadd, batch, edit, d, n), adjoint, mask=tile_there)
                         tl.store(tile_at(dkeep, batch, edit, d, n), adjoint * unedited, mask=tile_there)
                         adjoint *= load_tile(keep, batch, edit, d, n, tile_there)
-                put(products[u % 2], adjoint * (step * x_row)[:, None])
-                through_B = tl.sum(adjoint * B_row, 1)
+                dB_part = part_over_channels(adjoint * inflow[:, None], PARTS[1])
+                if u % 2 == 1:
+                    other_part = dB_part
+                else:
+                    put_two_over_channels(over_channels, u, dB_part, other_part)
+                put_over_states(over_states[u], adjoint * B_row, PARTS[0])
                 carry = A_bar * adjoint
                 through_A = carry * previous
-                ddelta_row = tl.sum(through_A * A2, 1) * LN2 + x_row * through_B
+                put_over_states(over_states[BLOCK_T + u], through_A * A2, PARTS[0])
                 dA += through_A * step[:, None]
-                dD += dy_row * x_row
+            for v in tl.static_range(BLOCK_T):
+                mask = there & (t0 + v < end)
+                through_B = take_over_states(over_states[v], LINES)
+                ddelta_row = take_over_states(over_states[BLOCK_T + v], LINES) * LN2 + x_here[v] * through_B
                 if SOFTPLUS:
-                    ddelta_row *= sigmoid(take_value(delta_kept[u], TILE) + take_value(bias_kept, TILE))
+                    ddelta_row *= sigmoid(delta_here[v])
                 if MASK:
-                    ddelta_row = tl.where(t < end, ddelta_row, 0.0)
+                    ddelta_row = tl.where(t0 + v < end, ddelta_row, 0.0)
+                dy_row = take_value(dy_kept[v], LINES)
+                dx_row = take_value(step_kept[v], LINES) * through_B + D_row * dy_row
+                dD += dy_row * x_here[v]
                 dbias += ddelta_row
-                store_masked(ddelta_at + (lane * ddelta[3] + u * POS[7]), ddelta_row, mask, MASK)
-                store_masked(dx_at + (lane * dx[3] + u * POS[6]), step * through_B + D_row * dy_row, mask, MASK)
-                state = previous
-                # Two positions at once: one alone would wait for its sums, four would take too much shared memory.
-                if u % 2 == 0:
-                    for v in tl.static_range(2):
-                        across_mask = across_there & (t + v < end)
-                        dC_row = tl.sum(take_tile(history[u + v], ACROSS), 0)
-                        store_masked(dC_at + (u + v) * POS[9], dC_row, across_mask, MASK or MASK_N)
-                        dB_row = tl.sum(take_tile(products[v], ACROSS), 0)
-                        store_masked(dB_at + (u + v) * POS[9], dB_row, across_mask, MASK or MASK_N)
+                store_masked(ddelta_at + (lane * ddelta[3] + v * POS[7]), ddelta_row, mask, MASK)
+                store_masked(dx_at + (lane * dx[3] + v * POS[6]), dx_row, mask, MASK)
+            sums_mask = sum_there & (t0 + sum_u < end)[:, None]
+            sums = take_over_channels(over_channels, SUMS)
+            store_masked(sums_at + t0.to(tl.int64) * POS[9], sums, sums_mask, MASK or MASK_N)
 
     channel_sums = dchannels[0] + (batch * n_chunks + chunk) * (d_state + 2) * d_inner
     tl.store(channel_sums + d[:, None] * d_state + n[None, :], dA, mask=tile_there)
-    tl.store(channel_sums + d_state * d_inner + d, dD, mask=there)
-    tl.store(channel_sums + (d_state + 1) * d_inner + d, dbias, mask=there)
+    tl.store(channel_sums + d_state * d_inner + d0 + lane, dD, mask=there)
+    tl.store(channel_sums + (d_state + 1) * d_inner + d0 + lane, dbias, mask=there)
     if dstart is not None:
         if chunk == 0:
             tl.store(tile_at(dstart, batch, 0, d, n), carry, mask=tile_there)

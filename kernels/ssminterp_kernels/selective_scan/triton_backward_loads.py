@@ -30,10 +30,10 @@ def load_tile(tensor, batch, i, d, n, mask):
 
 @jit
 @no_type_check
-def load_row(tensor, d, there, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
+def load_row(tensor, d, there, BLOCK_D: tl.constexpr, LINES: tl.constexpr):
     """One float32 number per channel (D, the bias of delta), zeros if there is no such tensor."""
     if tensor is None:
-        values = full_row(0.0, BLOCK_D, TILE)
+        values = full_row(0.0, BLOCK_D, LINES)
     else:
         values = tl.load(tensor[0] + d * tensor[1], mask=there, other=0.0).to(tl.float32)
     return values

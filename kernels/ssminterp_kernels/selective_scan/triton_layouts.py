@@ -20,16 +20,36 @@ INTERPRETED = bool(knobs.runtime.interpret)
 class Layouts(NamedTuple):
     """How tiles lie; all None in the interpreter.
 
-    In registers: tile, states [channel, d_state]; across, the same for sums over channels; rows, B or C [pos, d_state].
-    In shared memory: states, a tile; weights, rows of B or C; values, a number per channel.
+    In registers: tile, states [channel, d_state]; lines, a channel a lane, with what it sums over d_state; sums, sums
+    over channels [position, part, d_state]; rows, B or C [pos, d_state].
+    In shared memory: plain, as they are counted; values, a number per channel, those of a thread's tile side by side.
     """
 
     tile: Any
-    across: Any
+    lines: Any
+    sums: Any
     rows: Any
-    states: Any
-    weights: Any
+    plain: Any
     values: Any
+
+
+class Parts(NamedTuple):
+    """How a tile [channel, d_state] is split: into parts of as many states of a channel, and of as many channels.
+
+    states: how many of a channel a thread holds next to each other; channels: a thread's, `groups` apart.
+    """
+
+    states: int
+    channels: int
+    groups: int
+
+
+def parts_of(block_d: int, block_n: int, num_warps: int) -> Parts:
+    """4 states of a thread's channels, of which it has block_d / groups."""
+    states = min(4, block_n)
+    lanes = min(32, block_n // states)
+    groups = min(block_d, 32 // lanes * num_warps)
+    return Parts(states, block_d // groups, groups)
 
 
 if INTERPRETED:
@@ -47,16 +67,20 @@ if INTERPRETED:
         return tl.arange(0, BLOCK_N)
 
     @no_type_check
+    def sum_numbers(COUNT, SUMS):
+        return tl.arange(0, COUNT)
+
+    @no_type_check
+    def summed_state_numbers(BLOCK_N, SUMS):
+        return tl.arange(0, BLOCK_N)
+
+    @no_type_check
     def full_tile(value, BLOCK_D, BLOCK_N, TILE):
         return tl.full((BLOCK_D, BLOCK_N), value, tl.float32)
 
     @no_type_check
-    def full_row(value, BLOCK_D, TILE):
+    def full_row(value, BLOCK_D, LINES):
         return tl.full((BLOCK_D,), value, tl.float32)
-
-    @no_type_check
-    def state_numbers_across(BLOCK_N, ACROSS):
-        return tl.arange(0, BLOCK_N)
 
     @no_type_check
     def position_numbers(BLOCK_T, ROWS):
@@ -67,7 +91,7 @@ if INTERPRETED:
         return tl.arange(0, BLOCK_N)
 
     @no_type_check
-    def shared_tiles(COUNT, BLOCK_D, BLOCK_N, STATES):
+    def shared_tiles(COUNT, BLOCK_D, BLOCK_N, PLAIN):
         return tuple([None] for _ in range(COUNT))
 
     @no_type_check
@@ -75,8 +99,12 @@ if INTERPRETED:
         return tuple([None] for _ in range(COUNT))
 
     @no_type_check
-    def shared_rows(BLOCK_T, BLOCK_N, WEIGHTS):
+    def shared_rows(BLOCK_T, BLOCK_N, PLAIN):
         return [None]
+
+    @no_type_check
+    def shared_sums(COUNT, GROUPS, BLOCK_N):
+        return [None] * COUNT
 
     @no_type_check
     def put(place, tensor):
@@ -87,13 +115,37 @@ if INTERPRETED:
         return place[0]
 
     @no_type_check
-    def take_value(place, TILE):
+    def take_value(place, LAYOUT):
         return place[0]
 
     @no_type_check
     def take_row(place, i, TILE):
         at = tl.arange(0, place[0].shape[0]) == i
         return tl.sum(tl.where(at[:, None], place[0], 0.0), 0)[None, :]
+
+    @no_type_check
+    def put_over_states(place, tile, STATES):
+        place[0] = tl.sum(tile, 1)
+
+    @no_type_check
+    def take_over_states(place, LINES):
+        return place[0]
+
+    @no_type_check
+    def part_over_channels(tile, CHANNELS):
+        return tl.sum(tile, 0)
+
+    @no_type_check
+    def put_two_over_channels(place, i, first, second):
+        place[i], place[i + 1] = first, second
+
+    @no_type_check
+    def take_over_channels(place, SUMS):
+        i = tl.arange(0, len(place))
+        total = tl.zeros((len(place), place[0].shape[0]), tl.float32)
+        for k, row in enumerate(place):
+            total += tl.where(i[:, None] == k, row[None, :], 0.0)
+        return total
 
 else:
     from triton.experimental import gluon
@@ -102,26 +154,29 @@ else:
     jit = gluon.jit
 
     def layouts_of(block_d: int, block_n: int, block_t: int, num_warps: int) -> Layouts:
-        """At most 16 states of a channel in a thread, the lanes and warps along the channels."""
+        """A thread has 4 states of every `groups`-th channel; see `Parts`."""
         warps = [num_warps, 1]
-        per_thread = min(block_n, 16)
-        lanes = block_n // per_thread
-        tile = gl.BlockedLayout([1, per_thread], [32 // lanes, lanes], warps, [1, 0])
-        # Two states a lane, and the lanes over whole rows of 128 bytes: reading across meets no conflict either.
-        pairs = max(1, min(block_n // 2, 32))
-        across = gl.BlockedLayout([1, min(block_n, 2)], [32 // pairs, pairs], warps, [1, 0])
+        states, _, groups = parts_of(block_d, block_n, num_warps)
+        lanes = min(32, block_n // states)
+        tile = gl.BlockedLayout([1, states], [32 // lanes, lanes], warps, [1, 0])
+        lines = gl.BlockedLayout([1, block_n // states], [32, 1], warps, [1, 0])
+        # Warps share the positions, so that lanes are left over for the parts.
+        over = min(num_warps, 32 // lanes)
+        sums = gl.BlockedLayout(
+            [1, max(1, groups // over), states], [32 // lanes // over, over, lanes], [num_warps, 1, 1], [2, 1, 0]
+        )
         lanes = min(block_n, 32)
         of_t = max(1, block_t * lanes // (32 * num_warps))
         rows = gl.BlockedLayout([of_t, block_n // lanes], [32 // lanes, lanes], warps, [1, 0])
-        # A channel's 16 states are 64 bytes; moving every second channel's by 16 lets 8 lanes write without conflict.
-        states = gl.SwizzledSharedLayout(min(4, block_n), 2, 4 if block_n >= 16 else 1, [1, 0])
-        return Layouts(
-            tile, across, rows, states, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]), gl.SwizzledSharedLayout(1, 1, 1, [0])
-        )
+        slots = [[1 << i] for i in range(block_d.bit_length() - 1)]
+        apart = groups.bit_length() - 1
+        values = gl.SharedLinearLayout([*slots[apart:], *slots[:apart]])
+        return Layouts(tile, lines, sums, rows, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]), values)
 
     @jit
     @no_type_check
     def channel_numbers(BLOCK_D: tl.constexpr, TILE: tl.constexpr):
+        """Of a tile or of lines."""
         return gl.arange(0, BLOCK_D, layout=gl.SliceLayout(1, TILE))
 
     @jit
@@ -131,18 +186,23 @@ else:
 
     @jit
     @no_type_check
+    def sum_numbers(COUNT: tl.constexpr, SUMS: tl.constexpr):
+        return gl.arange(0, COUNT, layout=gl.SliceLayout(1, gl.SliceLayout(1, SUMS)))
+
+    @jit
+    @no_type_check
+    def summed_state_numbers(BLOCK_N: tl.constexpr, SUMS: tl.constexpr):
+        return gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, gl.SliceLayout(1, SUMS)))
+
+    @jit
+    @no_type_check
     def full_tile(value, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr):
         return gl.full([BLOCK_D, BLOCK_N], value, gl.float32, TILE)
 
     @jit
     @no_type_check
-    def full_row(value, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
-        return gl.full([BLOCK_D], value, gl.float32, gl.SliceLayout(1, TILE))
-
-    @jit
-    @no_type_check
-    def state_numbers_across(BLOCK_N: tl.constexpr, ACROSS: tl.constexpr):
-        return gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, ACROSS))
+    def full_row(value, BLOCK_D: tl.constexpr, LINES: tl.constexpr):
+        return gl.full([BLOCK_D], value, gl.float32, gl.SliceLayout(1, LINES))
 
     @jit
     @no_type_check
@@ -156,11 +216,11 @@ else:
 
     @jit
     @no_type_check
-    def shared_tiles(COUNT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, STATES: tl.constexpr):
+    def shared_tiles(COUNT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr):
         """Places for COUNT tiles. Each is memory of its own, so that using one waits for nobody who uses another."""
         places = ()
         for _ in tl.static_range(COUNT):
-            places = places + (gl.allocate_shared_memory(gl.float32, [BLOCK_D, BLOCK_N], STATES),)
+            places = places + (gl.allocate_shared_memory(gl.float32, [BLOCK_D, BLOCK_N], PLAIN),)
         return places
 
     @jit
@@ -174,9 +234,18 @@ else:
 
     @jit
     @no_type_check
-    def shared_rows(BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, WEIGHTS: tl.constexpr):
+    def shared_rows(BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr):
         """A place for BLOCK_T rows of B or C."""
-        return gl.allocate_shared_memory(gl.float32, [BLOCK_T, BLOCK_N], WEIGHTS)
+        return gl.allocate_shared_memory(gl.float32, [BLOCK_T, BLOCK_N], PLAIN)
+
+    @jit
+    @no_type_check
+    def shared_sums(COUNT: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):
+        """A place for COUNT sums over channels; apart by what lets the lanes read two of them without conflict."""
+        layout: tl.constexpr = gl.PaddedSharedLayout.with_identity_for(
+            [[GROUPS * BLOCK_N, 16]], [COUNT, GROUPS, BLOCK_N], [2, 1, 0]
+        )
+        return gl.allocate_shared_memory(gl.float32, [COUNT, GROUPS, BLOCK_N], layout)
 
     @jit
     @no_type_check
@@ -190,11 +259,44 @@ else:
 
     @jit
     @no_type_check
-    def take_value(place, TILE: tl.constexpr):
-        return place.load(gl.SliceLayout(1, TILE))
+    def take_value(place, LAYOUT: tl.constexpr):
+        """A number per channel, for a tile or for lines."""
+        return place.load(gl.SliceLayout(1, LAYOUT))
 
     @jit
     @no_type_check
     def take_row(place, i, TILE: tl.constexpr):
         """Row i [1, BLOCK_N] of B or C."""
         return place.slice(i, 1).load(TILE)
+
+    @jit
+    @no_type_check
+    def put_over_states(place, tile, STATES: tl.constexpr):
+        """Leave the sums over d_state of a tile, as far as a thread can add them."""
+        parts = gl.reshape(tile, [tile.shape[0], tile.shape[1] // STATES, STATES])
+        place.store(tl.sum(parts, 2))
+
+    @jit
+    @no_type_check
+    def take_over_states(place, LINES: tl.constexpr):
+        """The sums over d_state [BLOCK_D] of what was left, a channel a lane."""
+        return tl.sum(place.load(LINES), 1)
+
+    @jit
+    @no_type_check
+    def part_over_channels(tile, CHANNELS: tl.constexpr):
+        """The sums over channels of a tile, as far as a thread can add them."""
+        parts = gl.reshape(tile, [CHANNELS, tile.shape[0] // CHANNELS, tile.shape[1]])
+        return tl.sum(parts, 0)
+
+    @jit
+    @no_type_check
+    def put_two_over_channels(place, i, first, second):
+        """Leave such parts as sums i and i + 1: two at once, because the compiler puts a barrier between any two."""
+        place.slice(i, 2).store(gl.permute(gl.join(first, second), [2, 0, 1]))
+
+    @jit
+    @no_type_check
+    def take_over_channels(place, SUMS: tl.constexpr):
+        """All sums over channels [COUNT, BLOCK_N] that were left."""
+        return tl.sum(place.load(SUMS), 1)

@@ -20,7 +20,7 @@ from ssminterp_kernels.selective_scan.triton_forward import (
     combine_chunks_kernel,
     scan_forward_kernel,
 )
-from ssminterp_kernels.selective_scan.triton_layouts import layouts_of
+from ssminterp_kernels.selective_scan.triton_layouts import layouts_of, parts_of
 from ssminterp_kernels.selective_scan.triton_math import NUMBER, TILE, WIDE
 from ssminterp_kernels.selective_scan.triton_plan import SEGMENT, Plan, plan_backward, plan_scan, processor_count
 
@@ -345,13 +345,14 @@ def _backward(*arguments: Any) -> tuple[Tensor | None, ...]:
         ),
         *(edits, keep, add, recorded, strided(dy), strided(dstates), future, strided(dx), strided(ddelta), strided(dz)),
         *((dweights,), (dchannels,), strided(dkeep), strided(dadd), strided_state(dstart), (scratch,)),
-        *(*placement(plan, length), d_inner, d_state, 0),
+        *(*placement(plan, length), d_inner, d_state),
         POS=(*strides_of_pos(s.x, s.delta, s.z, s.B, s.C, dy, dx, ddelta, dz), plan.n_blocks * d_state),
         SOFTPLUS=s.softplus,
         SEGMENT=SEGMENT,
         MASK=length % block_t != 0 or masks["MASK_D"],
         MASK_N=masks["MASK_N"],
         BLOCK_T=block_t,
+        PARTS=parts_of(plan.block_d, plan.block_n, plan.num_warps),
         **tiles,
         **{name.upper(): layout for name, layout in layouts._asdict().items()},
         maxnreg=plan.max_registers,
