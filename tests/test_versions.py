@@ -24,5 +24,6 @@ def test_a_source_tree_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyP
         return version(name)
 
     monkeypatch.setattr(ssminterp.versions, "version", only_others)
+    monkeypatch.setattr(ssminterp.versions, "_own_version", ssminterp.versions._own_version.__wrapped__)
     assert "not installed" in versions()["ssminterp"]
     assert versions()["transformers"] == version("transformers")

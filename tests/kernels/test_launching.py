@@ -6,7 +6,6 @@ import ctypes
 import re
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,36 @@ import ssminterp_kernels
 from ssminterp_kernels import launching
 from ssminterp_kernels.launching import launch, repeated
 
+knobs = pytest.importorskip("triton").knobs
+STREAM = 17
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "_stream_getter", lambda device: lambda: STREAM)
+
 
 class Compiled:
     """What a launch of a kernel gives: it is launched with all of the kernel's parameters by position."""
 
+    function, packed_metadata = 5, (1, 1, 0)
+
     def __init__(self, fn: Callable[..., None]) -> None:
         self.fn = fn
         self.launches = 0
+        self.launches_heard_of = 0
 
-    def launch_metadata(self) -> None:
-        """Tells Triton's compiled kernels from what its interpreter returns."""
+    def run(self, x: int, y: int, z: int, stream: int, function: int, metadata: Any, *hooks_and_arguments: Any) -> None:
+        about, before, after, *arguments = hooks_and_arguments
+        assert (stream, function, metadata, about, before, after) == (STREAM, 5, (1, 1, 0), None, None, None)
+        self.launches += 1
+        self.fn(*arguments)
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
         assert len(grid) == 3
 
         def run(*arguments: Any) -> None:
-            self.launches += 1
+            self.launches_heard_of += 1
             self.fn(*arguments)
 
         return run
@@ -136,22 +149,6 @@ def test_arguments_that_were_one_tensor_may_be_two_the_next_time() -> None:
     function(x, x, 1.0, False)
     torch.testing.assert_close(function(x, y, 1.0, False)[0], 2 * x + y)
     torch.testing.assert_close(function(y, y, 1.0, False)[0], 3 * y)
-
-
-def test_what_is_repeated_runs_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    function = add_twice(Kernel(_add_scaled))
-    x = torch.randn(3)
-    function(x, None, 1.0, False)
-    devices_of: list[Tensor] = []
-
-    def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-        devices_of.append(tensor)
-        return nullcontext()
-
-    monkeypatch.setattr(launching, "on_device_of", on_device_of)
-    function(x, None, 1.0, False)
-    assert len(devices_of) == 1
-    assert devices_of[0] is x
 
 
 def test_results_keep_strides_and_share_memory_as_the_functions_do() -> None:
@@ -267,6 +264,29 @@ def test_what_other_threads_launch_is_not_part_of_it() -> None:
     again = kernel.launches_again
     assert torch.equal(watched(torch.full((2,), 7.0)), torch.full((2,), 7.0))
     assert kernel.launches_again == again + 1
+
+
+def test_profilers_hear_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(_add_scaled)
+    function = add_twice(kernel)
+    heard = knobs.HookChain()
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", heard)
+    for n_heard in (0, 0, 2, 4):
+        x = torch.randn(3)
+        torch.testing.assert_close(function(x, None, 1.0, False)[0], 2 * x)
+        assert sum(compiled.launches_heard_of for compiled in kernel.compiled) == n_heard
+        if kernel.launches_again:
+            heard.add(print)
+    assert kernel.launches_again == 2
+
+
+def test_flags_that_cannot_be_hashed_are_the_functions_own_affair() -> None:
+    @repeated
+    def function(x: Tensor, flag: object) -> Tensor:
+        raise ValueError(f"bad flag {flag!r}")
+
+    with pytest.raises(ValueError, match=r"bad flag \[\]"):
+        function(torch.ones(2), [])
 
 
 def test_few_layouts_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

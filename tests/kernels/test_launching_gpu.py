@@ -126,6 +126,21 @@ def test_launches_in_a_cuda_graph() -> None:
     assert relative_error(y, selective_scan(**inputs, delta_softplus=True, backend="torch").y.double()) < 1e-5
 
 
+def test_launches_go_to_the_current_stream() -> None:
+    inputs = scan_inputs(16, 0)
+    selective_scan(**inputs, delta_softplus=True)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        # Long enough that what another stream ran would read x before it is there.
+        torch.cuda._sleep(50_000_000)
+        x = inputs["x"] * 2
+        y = selective_scan(**{**inputs, "x": x}, delta_softplus=True).y
+    stream.synchronize()
+    assert (
+        relative_error(y, selective_scan(**{**inputs, "x": x}, delta_softplus=True, backend="torch").y.double()) < 1e-5
+    )
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_launches_go_to_the_device_of_their_tensors() -> None:
     """Also when they are repeated, whichever device is the current one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from torch import Tensor
 from ssminterp_kernels.backends import Backend, choose_backend
 from ssminterp_kernels.causal_conv.torch_conv import next_window, torch_conv, torch_conv_step
 from ssminterp_kernels.checks import once_per_layout
+from ssminterp_kernels.launching import can_be_repeated, repeated
 
 Activation: TypeAlias = Literal["silu"] | None
 
@@ -56,21 +57,31 @@ def causal_conv(
     >>> torch.allclose(torch.cat([first.y, rest.y], dim=1), whole, atol=1e-6)
     True
     """
+    if can_be_repeated(x, weight, bias, window):
+        y = _conv_again(x, weight, bias, window, activation, backend)
+    else:
+        y = _conv(x, weight, bias, window, activation, backend)
+    if not return_window:
+        return ConvOutput(y, None)
+    return ConvOutput(y, next_window(x, window, weight.shape[1] - 1 if window is None else window.shape[2]))
+
+
+def _conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, activation: Activation, backend: Backend
+) -> Tensor:
     if x.dim() != 3:
         raise ValueError(f"x must have the axes [batch, pos, d_inner], got shape {list(x.shape)}")
     _check_activation(activation)
     _check(x, weight, bias, window)
-    chosen = choose_backend(x, backend)
-    if chosen == "triton":
+    if choose_backend(x, backend) == "triton":
         # Imported on first use: Triton is not installed everywhere.
         from ssminterp_kernels.causal_conv.triton_conv import triton_conv
 
-        y = triton_conv(x, weight, bias, window, activation == "silu")
-    else:
-        y = torch_conv(x, weight, bias, window, activation == "silu")
-    if not return_window:
-        return ConvOutput(y, None)
-    return ConvOutput(y, next_window(x, window, weight.shape[1] - 1 if window is None else window.shape[2]))
+        return triton_conv(x, weight, bias, window, activation == "silu")
+    return torch_conv(x, weight, bias, window, activation == "silu")
+
+
+_conv_again = repeated(_conv)
 
 
 def causal_conv_step(
@@ -95,6 +106,21 @@ def causal_conv_step(
     >>> out.y.shape, out.window.shape
     (torch.Size([2, 4]), torch.Size([2, 4, 2]))
     """
+    if can_be_repeated(x, window, weight, bias):
+        y, after = _step_again(x, window, weight, bias, activation, in_place, backend)
+        return ConvOutput(y, window if in_place else after)
+    return _step(x, window, weight, bias, activation, in_place, backend)
+
+
+def _step(
+    x: Tensor,
+    window: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation,
+    in_place: bool,
+    backend: Backend,
+) -> ConvOutput:
     if x.dim() != 2:
         raise ValueError(f"x must have the axes [batch, d_inner], got shape {list(x.shape)}")
     _check_activation(activation)
@@ -113,6 +139,13 @@ def causal_conv_step(
 
         return ConvOutput(*triton_conv_step(x, window, weight, bias, silu, in_place))
     return ConvOutput(*torch_conv_step(x, window, weight, bias, silu, in_place))
+
+
+@repeated
+def _step_again(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """y, and the window after it unless it was put in the place of the old one."""
+    y, window = _step(*arguments)
+    return y, None if arguments[5] else window
 
 
 def _check_activation(activation: object) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ssminterp_kernels.backends import Backend, choose_backend
+from ssminterp_kernels.launching import can_be_repeated, repeated
 from ssminterp_kernels.scan_step.tensors import StepTensors, check_tensors
 from ssminterp_kernels.scan_step.torch_step import torch_step
 from ssminterp_kernels.selective_scan import selective_scan
@@ -61,8 +62,24 @@ def selective_scan_step(
     >>> out.y.shape, out.state.shape
     (torch.Size([2, 4]), torch.Size([2, 4, 3]))
     """
-    tensors = check_tensors(StepTensors(state, x, delta, A, B, C, D, z, delta_bias))
-    chosen = choose_backend(x, backend)
+    tensors = (state, x, delta, A, B, C, D, z, delta_bias)
+    if can_be_repeated(*tensors):
+        y, after = _step_again(*tensors, delta_softplus, in_place, backend)
+        return StepOutput(y, state if after is None else after)
+    return _step(StepTensors(*tensors), delta_softplus, in_place, backend)
+
+
+@repeated
+def _step_again(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """y, and the state after it unless it was put in the place of the old one."""
+    *tensors, delta_softplus, in_place, backend = arguments
+    y, state = _step(StepTensors(*tensors), delta_softplus, in_place, backend)
+    return y, None if in_place else state
+
+
+def _step(tensors: StepTensors, delta_softplus: bool, in_place: bool, backend: Backend) -> StepOutput:
+    tensors = check_tensors(tensors)
+    chosen = choose_backend(tensors.x, backend)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         if in_place:
             raise ValueError("in_place overwrites a state that autograd needs: leave it out, or use torch.no_grad()")

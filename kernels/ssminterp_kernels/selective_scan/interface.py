@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ssminterp_kernels.backends import check_triton_suits, on_device_of, takes_triton
+from ssminterp_kernels.launching import can_be_repeated, repeated
 from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
 from ssminterp_kernels.selective_scan.edits import StateEdits
 from ssminterp_kernels.selective_scan.torch_scan import torch_scan
@@ -74,9 +75,21 @@ def selective_scan(
     >>> out.states.shape
     torch.Size([2, 2, 4, 3])
     """
-    arguments = check_arguments(
-        ScanArguments(x, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, states, edits, states_dtype)
-    )
+    tensors = (x, delta, A, B, C, D, z, delta_bias)
+    if states is states_dtype is edits is None and can_be_repeated(*tensors, initial_state):
+        return ScanOutput(*_final_state_alone(*tensors, delta_softplus, initial_state, backend))
+    return _scan(ScanArguments(*tensors, delta_softplus, initial_state, states, edits, states_dtype), backend)
+
+
+@repeated
+def _final_state_alone(*arguments: Any) -> tuple[Tensor, None, Tensor]:
+    *fields, backend = arguments
+    y, _, final_state = _scan(ScanArguments(*fields), backend)
+    return y, None, final_state
+
+
+def _scan(arguments: ScanArguments, backend: Backend) -> ScanOutput:
+    arguments = check_arguments(arguments)
     chosen = choose_backend(arguments, backend)
     # Imported on first use: Triton is not installed everywhere, and to load what numba compiled takes a moment.
     if chosen == "triton":

@@ -41,7 +41,7 @@ class Silence(NamedTuple):
     coordinates: Bool[Tensor, " d_state"] | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class SelectiveScan:
     """A scan of x, Δ, B and C. D and z, the gate, ride in its kernel if they are given.
 
