@@ -13,26 +13,34 @@ from ssminterp.patching.stages import ScanInputs, Stages, read
 
 
 class BaseRows:
-    """The base rows of a layer: `inputs` to the scan at all positions, and what every hook holds at position 0."""
+    """The base rows of a layer, [1, tokens, …]: `inputs` to the scan, and what every hook holds at the n sites."""
 
     def __init__(
         self, stages: Stages, resid: Tensor, mixer_in: Tensor, in_x: Tensor, gate: Tensor, inputs: ScanInputs
     ) -> None:
         self.stages = stages
-        self.resid_pre, self.mixer_in, self.in_x = resid[:, 0].clone(), mixer_in[:, 0], in_x[:, 0]
+        self.n = stages.n
+        # The residual stream is overwritten when the rows go on.
+        self.resid_pre, self.mixer_in, self.in_x = resid[0, : self.n].clone(), mixer_in[0, : self.n], in_x[0, : self.n]
         self.all_in_x, self.all_gate = in_x, gate
         self.inputs = inputs
 
     def value(self, short: str) -> Float[Tensor, "n *features"]:
         return getattr(self, short)
 
-    @property
+    @cached_property
     def gate(self) -> Tensor:
-        return self.all_gate[:, 0]
+        """Zeros at sites that are not kept."""
+        kept = self.stages.kept_sites
+        if len(kept) == self.n:
+            return self.all_gate[0, : self.n]
+        gate = self.all_gate.new_zeros(self.n, self.all_gate.shape[-1])
+        gate[kept] = self.all_gate[0, : len(kept)]
+        return gate
 
     @cached_property
     def conv(self) -> Tensor:
-        return self.stages.conv(self.in_x[:, None])[:, 0]
+        return self.stages.conv(self.in_x[None])[0]
 
     @property
     def conv_taps(self) -> Tensor:
@@ -40,19 +48,19 @@ class BaseRows:
 
     @property
     def x(self) -> Tensor:
-        return self.inputs.x[:, 0]
+        return self.inputs.x[0, : self.n]
 
     @cached_property
     def delta(self) -> Tensor:
-        return self.stages.delta(self.inputs.delta[:, 0])
+        return self.stages.delta(self.inputs.delta[0, : self.n])
 
     @property
     def B(self) -> Tensor:
-        return self.inputs.B[:, 0]
+        return self.inputs.B[0, : self.n]
 
     @property
     def C(self) -> Tensor:
-        return self.inputs.C[:, 0]
+        return self.inputs.C[0, : self.n]
 
     @cached_property
     def A_bar(self) -> Tensor:
@@ -63,8 +71,13 @@ class BaseRows:
         return self.delta[..., None] * self.B[:, None].float()
 
     @cached_property
+    def inflow(self) -> Tensor:
+        """What is added to the states at the sites."""
+        return self.B_bar * self.x[..., None].float()
+
+    @cached_property
     def state(self) -> Tensor:
-        return self.A_bar * self.stages.past.state + self.B_bar * self.x[..., None].float()
+        return self.A_bar * self.stages.past.state + self.inflow
 
     @cached_property
     def y(self) -> Tensor:

@@ -13,24 +13,25 @@ from torch import Tensor
 from ssminterp.models.norm import FusedRMSNorm
 from ssminterp.patching.stages import Past, ScanInputs, Stages, is_plain
 from ssminterp_kernels import rows
+from ssminterp_kernels.backends import takes_triton
 
 
 class CompiledStages(Stages):
     """The same stages, each in one pass over memory; what follows a change of the state alone, without exponentials."""
 
-    def normed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+    def normed(self, resid: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
         norm = self.block.norm
         is_plain_norm = type(norm) is FusedRMSNorm and not norm._forward_hooks and not hasattr(norm, "_hf_hook")
         if not is_plain_norm or not norm.weight.dtype == resid.dtype == torch.float32:
             return super().normed(resid)
         return rows.normed(resid.flatten(0, -2), norm.weight, norm.variance_epsilon).view(resid.shape)
 
-    def activated(self, in_x: Float[Tensor, "rows pos d_inner"]) -> Float[Tensor, "rows pos d_inner"]:
-        if self.mixer.config.hidden_act not in ("silu", "swish"):
+    def activated(self, in_x: Float[Tensor, "tiles some_tokens d_inner"]) -> Float[Tensor, "tiles some_tokens d_inner"]:
+        if not self.has_silu:
             return super().activated(in_x)
-        return rows.conv_silu(in_x, self.past.window, self.taps, self.conv_bias)
+        return rows.conv_silu(self.packing, in_x, self.past.window, self.taps, self.conv_bias)
 
-    def scan_inputs(self, x: Float[Tensor, "rows pos d_inner"]) -> ScanInputs:
+    def scan_inputs(self, x: Float[Tensor, "tiles some_tokens d_inner"]) -> ScanInputs:
         """In place of what makes Δ, what dt_proj makes that of."""
         return ScanInputs(x, *self.parts(x), raw=True)
 
@@ -38,37 +39,45 @@ class CompiledStages(Stages):
         return super().delta(F.linear(raw, self.mixer.dt_proj.weight))
 
     def gated(
-        self, inputs: ScanInputs, gate: Float[Tensor, "rows n_keep d_inner"]
-    ) -> Float[Tensor, "rows n_keep d_inner"]:
+        self, inputs: ScanInputs, gate: Float[Tensor, "tiles n_keep d_inner"]
+    ) -> Float[Tensor, "tiles n_keep d_inner"]:
         return rows.scanned_rows(self._row_scan, inputs.x, inputs.delta, inputs.B, inputs.C, gate)
 
     def rejoined(
         self,
         early: ScanInputs,
-        first_gate: Float[Tensor, "some d_inner"] | None,
+        first_gate: Float[Tensor, "some n d_inner"] | None,
         base: ScanInputs,
-        gate: Float[Tensor, "n n_keep d_inner"],
-    ) -> Float[Tensor, "rows n_keep d_inner"]:
+        gate: Float[Tensor, "1 n_keep d_inner"],
+    ) -> Float[Tensor, "tiles n_keep d_inner"]:
         return rows.forked_rows(self._row_scan, rows.Early(*early), None, rows.Early(*base), gate, first_gate)
 
     def carried(
         self,
         step: ScanInputs | None,
-        states: Float[Tensor, "some d_inner d_state"] | None,
+        states: Float[Tensor, "some n d_inner d_state"] | None,
         base: ScanInputs,
-        gate: Float[Tensor, "n n_keep d_inner"],
-    ) -> Float[Tensor, "rows n_keep d_inner"]:
+        gate: Float[Tensor, "1 n_keep d_inner"],
+    ) -> Float[Tensor, "tiles n_keep d_inner"]:
         early = None if step is None else rows.Early(*step)
         return rows.forked_rows(self._row_scan, early, states, rows.Early(*base), gate)
 
     @cached_property
     def _row_scan(self) -> rows.RowScan:
-        return rows.RowScan.of(self.A, self.D, self.mixer.dt_proj.weight, self.dt_bias, self.past.state, self.keep)
+        return rows.RowScan.of(
+            self.packing, self.A, self.D, self.mixer.dt_proj.weight, self.dt_bias, self.past.state, self.keep
+        )
 
 
-def stages_of(block: Any, past: Past, keep: list[int] | None) -> Stages:
+def stages_of(
+    block: Any, past: Past, packing: rows.Packing, A: Tensor | None = None, keep: list[int] | None = None
+) -> Stages:
     """The fastest stages that suit where a layer is and what it computes in."""
     mixer = block.mixer
     held = (past.window, past.state, mixer.A_log, mixer.D, mixer.conv1d.weight)
+    if takes_triton(past.window):
+        from ssminterp.patching.triton_stages import TritonStages  # Triton may not be installed
+
+        return TritonStages(block, past, packing, A, keep)
     suits = rows.suits(*held, d_inner=mixer.d_inner) and is_plain(mixer.dt_proj)
-    return (CompiledStages if suits else Stages)(block, past, keep)
+    return (CompiledStages if suits else Stages)(block, past, packing, A, keep)

@@ -22,10 +22,6 @@ FINAL_SHARE, RECORD_SHARE, PASS_SHARE, LOGITS_SHARE = 0.15, 0.25, 0.45, 0.15
 CPU_PASS_ELEMENTS = 12_000_000
 # But at least so many rows, because every pass runs a base row through all layers.
 CPU_LEAST_ROWS = 32
-# Multiply-adds of matrix products in the time that a layer's Python and launches take: what padding may waste.
-IDLE_WORK = {"cuda": 3e10, "cpu": 4e6}
-# On the CPU, reading a layer's weights takes about as long as to multiply so many tokens by them.
-CPU_WEIGHT_TOKENS = 10
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ def _by_layer(sweep: Sweep) -> list[int]:
     hooks, layers, _, selections = sweep.grid
     numbers = torch.arange(hooks * layers * selections).view(hooks, layers, selections)
     order = sorted(range(layers), key=lambda j: sweep.layers[j])
-    return [int(n) for j in order for n in numbers[:, j].flatten()]
+    return numbers[:, order].transpose(0, 1).flatten().tolist()
 
 
 def job_sites(sweep: Sweep, job: Job, reads: Int[Tensor, "batch n_reads"]) -> Sites:
@@ -143,29 +139,21 @@ def record_span(sweep: Sweep, n_runs: int, limits: Limits) -> int:
     return max(1, int(PASS_SHARE * limits.total / (n_runs * recording_bytes(sweep))))
 
 
-def idle_tokens(sweep: Sweep) -> float:
-    """How many tokens a layer could take in the time that it costs to call it at all."""
-    cfg = sweep.model.cfg
-    work = cfg.d_inner * (3 * cfg.d_model + 2 * cfg.dt_rank + 2 * cfg.d_state)
-    on_cuda = sweep.model.device.type == "cuda"
-    return IDLE_WORK["cuda"] / work if on_cuda else IDLE_WORK["cpu"] / work + CPU_WEIGHT_TOKENS
-
-
 def plan_passes(
     sweep: Sweep, sites: Sites, cells: Sequence[int], limits: Limits
 ) -> Iterator[tuple[slice, Sequence[int]]]:
-    """Passes over some sites: which of them and which cells, so that rows fit and little is padded."""
-    idle = idle_tokens(sweep)
+    """Passes over some sites, the longest suffixes first: which of them and which cells, so that rows fit.
+
+    As many sites as fit with all cells, but at least one, with as many cells as then fit.
+    """
+    need = sites.need.tolist()
     first = 0
-    while first < len(sites):
-        suffix = int(sites.need[first])
-        most = _most_rows(sweep, suffix, limits)
-        cells_at_once = min(len(cells), most - 1)
-        sites_at_once = max(1, most // (cells_at_once + 1))
-        stop, wasted = first + 1, 0.0
-        while stop < len(sites) and stop - first < sites_at_once:
-            wasted += (suffix - int(sites.need[stop])) * (1 + cells_at_once / 2)
-            if wasted > idle:
+    while first < len(need):
+        cells_at_once = min(len(cells), max(2, _most_tiles(sweep, 1, need[first], limits)) - 1)
+        stop, tokens = first + 1, need[first]
+        while stop < len(need):
+            tokens += need[stop]
+            if _most_tiles(sweep, stop + 1 - first, tokens, limits) <= cells_at_once:
                 break
             stop += 1
         for cell in range(0, len(cells), cells_at_once):
@@ -173,10 +161,11 @@ def plan_passes(
         first = stop
 
 
-def _most_rows(sweep: Sweep, suffix: int, limits: Limits) -> int:
-    most = int(PASS_SHARE * limits.total / row_bytes(sweep, suffix))
+def _most_tiles(sweep: Sweep, n: int, tokens: int, limits: Limits) -> int:
+    """How many tiles of n rows with so many tokens fit, the base rows' among them."""
+    most = int(PASS_SHARE * limits.total / (row_bytes(sweep, tokens) + (n - 1) * row_bytes(sweep, 0)))
     if limits.max_batch is not None:
-        most = min(most, limits.max_batch)
+        most = min(most, limits.max_batch // n)
     if sweep.model.device.type == "cpu":
-        most = min(most, max(CPU_LEAST_ROWS, CPU_PASS_ELEMENTS // (suffix * sweep.model.cfg.d_inner)))
-    return max(2, most)
+        most = min(most, max(CPU_LEAST_ROWS // n, CPU_PASS_ELEMENTS // (tokens * sweep.model.cfg.d_inner)))
+    return most

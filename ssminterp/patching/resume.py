@@ -8,12 +8,12 @@ all examples of a cell are there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ssminterp.models import HookedMamba
 from ssminterp.patching.metrics import Metrics, Readout
 from ssminterp.patching.plan import (
     LOGITS_SHARE,
@@ -33,6 +33,7 @@ from ssminterp.patching.request import Sweep
 from ssminterp.patching.rows import Changes, run_rows
 from ssminterp.patching.sites import Places, Sites, Wanted, collect
 from ssminterp.patching.storage import Results
+from ssminterp_kernels.rows import Packing
 
 # With out=, an interrupted sweep loses at most about this part of its work.
 PARTS_WITH_FOLDER = 20
@@ -40,15 +41,23 @@ PARTS_WITH_FOLDER = 20
 CPU_LOGITS = 4_000_000
 
 
+class _Prepared(NamedTuple):
+    """A job of one chunk of sites, and what is recorded for it."""
+
+    job: Job
+    sites: Sites
+    records: Records
+
+
 class ResumeEngine:
     """Runs only what a change can reach.
 
-    Raises ValueError if hook functions or recorders are attached to the model, if the limits leave no room, or if a
-    metric's positions do not fit the prompts.
+    Nothing may be attached to the model, see `check_nothing_attached`.
+
+    Raises ValueError if the limits leave no room, or if a metric's positions do not fit the prompts.
     """
 
     def __init__(self, sweep: Sweep, metrics: Metrics, limits: Limits, in_parts: bool) -> None:
-        _check_nothing_attached(sweep.model)
         _check_fits(sweep, limits)
         self.sweep = sweep
         self.limits = limits
@@ -58,7 +67,7 @@ class ResumeEngine:
             self.max_logits = min(self.max_logits, CPU_LOGITS)
         self.parts = PARTS_WITH_FOLDER if in_parts else 1
         self._base_residual: Tensor | None = None
-        self._prepared: tuple[Job, Records] | None = None
+        self._prepared: _Prepared | None = None
 
     def baselines(self) -> dict[str, tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]]:
         """Every metric's value in the source and in the base run. Raises ValueError if a metric returns nonsense.
@@ -78,7 +87,7 @@ class ResumeEngine:
         residual, *found = collect(sweep.model, runs, wanted, record_span(sweep, 2 * batch, self.limits))
         assert residual is not None
         if only is not None:
-            self._prepared = job, records_of(sweep, len(sites), job.cells, found)
+            self._prepared = _Prepared(job, sites, records_of(sweep, len(sites), job.cells, found))
         residual = residual.unflatten(0, (2, batch, -1))
         self._base_residual = residual[1]
         values = self.readout.values(residual, self.max_logits)
@@ -113,10 +122,12 @@ class ResumeEngine:
         final = self._base_residual.repeat(len(job.cells), len(job.columns), 1, 1, 1)
         cell_place = {cell: i for i, cell in enumerate(job.cells)}
         means = column_means(sweep, job, limits) if sweep.intervention == "mean" else None
-        every_site = job_sites(sweep, job, reads)
+        prepared = self._prepared_for(job)
+        every_site = job_sites(sweep, job, reads) if prepared is None else prepared.sites
         finished = 0
         for sites in plan_records(sweep, every_site, limits):
-            records = self._prepared_for(job) or record(sweep, sites, job.cells, means is None, limits)
+            held = None if prepared is None else prepared.records
+            records = record(sweep, sites, job.cells, means is None, limits) if held is None else held
             if means is not None:
                 column_place = torch.tensor([job.columns.index(int(k)) for k in sites.column])
                 own_means = {key: value[column_place.to(value.device)] for key, value in means.items()}
@@ -124,17 +135,21 @@ class ResumeEngine:
             for rows, cells in plan_passes(sweep, sites, job.cells, limits):
                 some, own = sites[rows], records.of(rows)
                 changes = _changes(sweep, cells, own.sources, some)
-                keep = _read_offsets(some, reads)
-                order, hidden = run_rows(sweep, _suffixes(sweep, some), own.pasts, changes, keep)
-                _scatter(final, hidden, [cell_place[cell] for cell in order], some, job, reads, keep)
+                packing = Packing(some.need.tolist())
+                read = _tokens_read(some, packing, reads)
+                keep = read.token.unique()
+                order, hidden = run_rows(
+                    sweep, _tokens(sweep, some, packing), packing, own.pasts, changes, keep.tolist()
+                )
+                _scatter(final, hidden, [cell_place[cell] for cell in order], some, job, read, keep)
                 finished += len(cells) * len(some)
                 progress.show(finished / (len(job.cells) * len(every_site)))
         return final
 
-    def _prepared_for(self, job: Job) -> Records | None:
+    def _prepared_for(self, job: Job) -> _Prepared | None:
         """What the run of the baselines recorded, if it was for this job; it is not kept any longer."""
         prepared, self._prepared = self._prepared, None
-        return prepared[1] if prepared is not None and prepared[0] == job else None
+        return prepared if prepared is not None and prepared.job == job else None
 
 
 class Progress:
@@ -151,8 +166,8 @@ class Progress:
         self.shown = cells
 
 
-def _check_nothing_attached(model: HookedMamba) -> None:
-    names = [name for name, point in model.hook_points.items() if point.is_listened_to]
+def check_nothing_attached(names: Sequence[str]) -> None:
+    """Raises ValueError if there are hook points that something listens to."""
     if names:
         raise ValueError(
             f"hook functions or recorders are attached at {', '.join(names[:3])}{' …' * (len(names) > 3)}: the "
@@ -171,39 +186,42 @@ def _check_fits(sweep: Sweep, limits: Limits) -> None:
         )
 
 
+class _Read(NamedTuple):
+    """What metrics read of a pass: sites, which of an example's reads it is, and the token of a tile; [m] each."""
+
+    site: Int[Tensor, " m"]
+    read: Int[Tensor, " m"]
+    token: Int[Tensor, " m"]
+
+
+def _tokens_read(sites: Sites, packing: Packing, reads: Int[Tensor, "batch n_reads"]) -> _Read:
+    after = reads[sites.example] - sites.position[:, None]  # n, n_reads
+    site, read = (after >= 0).nonzero(as_tuple=True)
+    return _Read(site, read, torch.tensor(packing.starts)[after[site, read]] + site)
+
+
 def _scatter(
     final: Float[Tensor, "cells columns batch n_reads d_model"],
-    hidden: Float[Tensor, "rows n n_keep d_model"],
+    hidden: Float[Tensor, "some_cells n_keep d_model"],
     cells: Sequence[int],
     sites: Sites,
     job: Job,
-    reads: Int[Tensor, "batch n_reads"],
-    keep: list[int],
+    read: _Read,
+    keep: Int[Tensor, " n_keep"],
 ) -> None:
     """Put the rows' residual streams where they belong; what is read before a site stays as in the base run."""
-    columns = torch.tensor([job.columns.index(int(k)) for k in sites.column])
-    after = reads[sites.example] - sites.position[:, None]  # n, n_reads
-    site, read = (after >= 0).nonzero(as_tuple=True)
-    device = hidden.device
-    place = torch.searchsorted(torch.tensor(keep), after[site, read])
-    values = hidden[:, site.to(device), place.to(device)]
-    where = (columns[site], sites.example[site], read)
-    at, *others = (index.to(final.device) for index in (torch.tensor(list(cells)), *where))
-    final[at[:, None], others[0], others[1], others[2]] = values.to(final)
+    columns = torch.tensor([job.columns.index(int(k)) for k in sites.column])[read.site]
+    where = (torch.tensor(list(cells))[:, None], columns, sites.example[read.site], read.read)
+    place = torch.searchsorted(keep, read.token).to(hidden.device, non_blocking=True)
+    at = tuple(index.to(final.device, non_blocking=True) for index in where)
+    final[at] = hidden[:, place].to(final)
 
 
-def _read_offsets(sites: Sites, reads: Int[Tensor, "batch n_reads"]) -> list[int]:
-    """How far behind its site some metric reads, ascending, for any of the sites."""
-    after = reads[sites.example] - sites.position[:, None]
-    return after[after >= 0].unique().tolist()
-
-
-def _suffixes(sweep: Sweep, sites: Sites) -> Int[Tensor, "n suffix"]:
-    """The base run's tokens from each site on, as many as the neediest site needs; past the end, the last one again."""
-    offsets = torch.arange(int(sites.need.max()))
-    positions = (sites.position[:, None] + offsets).clamp(max=sweep.length - 1)
+def _tokens(sweep: Sweep, sites: Sites, packing: Packing) -> Int[Tensor, " tokens"]:
+    """The base run's tokens from each site on, as they are packed."""
+    examples, positions = sites.example[packing.rows], sites.position[packing.rows] + packing.positions
     device = sweep.base.device
-    return sweep.base[sites.example[:, None].to(device), positions.to(device)]
+    return sweep.base[examples.to(device, non_blocking=True), positions.to(device, non_blocking=True)]
 
 
 def _changes(sweep: Sweep, cells: Sequence[int], sources: Sources, sites: Sites) -> dict[int, list[Changes]]:

@@ -8,8 +8,8 @@ own layer a changed row takes from the base row of its site whatever the change 
     changed between and state   the state at the site is computed, the scan goes on from there
     changed after the state     the site alone: the rest of the row is the base row, up to the next layer's conv
 
-The last layer is computed only where the metrics read. Position 0 of a row is always its site, and rows come in tiles
-of n sites each, a tile for every cell, so that row r belongs to site r mod n.
+The last layer is computed only where the metrics read. Rows come in tiles of n sites each, a tile for every cell, and
+lie in a tile as `Packing` says: without padding, the sites themselves, position 0 of the rows, first.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from ssminterp.patching.compiled_stages import stages_of
 from ssminterp.patching.moved import Place
 from ssminterp.patching.request import Sweep
 from ssminterp.patching.sites import Sites
-from ssminterp.patching.stages import Past, ScanInputs, Stages, read, tiled
+from ssminterp.patching.stages import Past, ScanInputs, Stages, every_A, read
 from ssminterp.patching.tiles import Pile, Rows
+from ssminterp_kernels.rows import Packing
 
 # Where a change takes hold in its own layer. All other hooks come after the state.
 BEFORE_CONV = ("resid_pre", "mixer_in", "in_x")
@@ -56,15 +57,21 @@ class Changes(NamedTuple):
     def spec(self) -> HookSpec:
         return self.point.spec
 
-    def applied(self, sweep: Sweep, now: Float[Tensor, "n *features"]) -> Float[Tensor, "rows *features"]:
-        """The rows' new values at their sites."""
-        now = now.expand(len(self.cells), *now.shape)
-        source = self.source.expand_as(now)
+    def applied(self, sweep: Sweep, base: BaseRows) -> Float[Tensor, "tiles n *features"]:
+        """The rows' new values at their sites. What the base holds there is computed only if that matters."""
+        tiles = len(self.cells)
+        mask = self._masks(sweep, self.source.device)
+        if mask is None and sweep.intervention == "patch":
+            return self.source.expand(tiles, *self.source.shape)
+        now = base.value(self.spec.short)
+        now = now.expand(tiles, *now.shape)
+        new = self._new_value(sweep, now, self.source.expand_as(now))
+        return new if mask is None else torch.where(mask, new, now)
+
+    def _new_value(self, sweep: Sweep, now: Tensor, source: Tensor) -> Tensor:
         examples, columns = (index.repeat(len(self.cells)) for index in (self.sites.example, self.sites.column))
         place = Place(self.point, examples, columns)
-        new = sweep.new_value(now.flatten(0, 1), source.flatten(0, 1), place).unflatten(0, now.shape[:2])
-        mask = self._masks(sweep, now.device)
-        return (new if mask is None else torch.where(mask, new, now)).flatten(0, 1)
+        return sweep.new_value(now.flatten(0, 1), source.flatten(0, 1), place).unflatten(0, now.shape[:2])
 
     def _masks(self, sweep: Sweep, device: torch.device) -> Tensor | None:
         """[cells, 1, *features]: what each cell changes; None if all change everything."""
@@ -76,7 +83,7 @@ class Changes(NamedTuple):
 
 
 class _TakenIn(NamedTuple):
-    """What some rows of a layer make of their residual stream up to the scan, [rows, pos, …]; gate where it is kept."""
+    """What tiles make of their residual stream up to the scan, [tiles, tokens, …]; gate where it is kept."""
 
     resid: Tensor
     mixer_in: Tensor
@@ -84,17 +91,18 @@ class _TakenIn(NamedTuple):
     gate: Tensor
     inputs: ScanInputs
 
-    def of_base(self, n: int) -> _TakenIn:
-        """The first n rows."""
-        resid, mixer_in, in_x, gate = (tensor[:n] for tensor in self[:4])
-        return _TakenIn(resid, mixer_in, in_x, gate, self.inputs.map(lambda tensor: tensor[:n]))
+    @property
+    def of_base(self) -> _TakenIn:
+        """The first tile."""
+        resid, mixer_in, in_x, gate = (tensor[:1] for tensor in self[:4])
+        return _TakenIn(resid, mixer_in, in_x, gate, self.inputs.map(lambda tensor: tensor[:1]))
 
 
 class _Fork(NamedTuple):
     """Rows that part from the base in a layer.
 
-    gated: [rows, pos, d_inner], of the positions that the layer is computed at.
-    resid_pre: [rows, d_model] at position 0, where it is no longer the base's.
+    gated: [tiles, tokens, d_inner], of the tokens that the layer is computed at.
+    resid_pre: [tiles, n, d_model] at position 0, where it is no longer the base's.
     """
 
     cells: list[int]
@@ -109,59 +117,54 @@ class _Layer:
         self.sweep = sweep
         self.stages = stages
         self.groups = groups
-        self.site_is_kept = stages.keep is None or stages.keep[0] == 0
+        self.kept_sites = stages.kept_sites
 
     def run(self, rows: Rows) -> Tensor | None:
-        """Bring the rows behind the layer; with `keep`, [tiles, n, n_keep, d_model] of `rows.cells` comes back."""
-        stages, n = self.stages, self.stages.n
-        blocks = rows.used.split(stages.tiles_at_once(rows.suffix))
+        """Bring the rows behind the layer; with `keep`, [tiles, n_keep, d_model] of `rows.cells` comes back."""
+        stages = self.stages
+        blocks = rows.used.split(stages.tiles_at_once())
         first = self._taken_in(blocks[0])
-        base = BaseRows(stages, *first.of_base(n))
+        base = BaseRows(stages, *first.of_base)
         forks = [fork for fork in (self._before_conv(rows, base), self._up_to_state(base)) if fork is not None]
         local = self._after_state(base)
         if stages.keep is not None:
             return self._last(rows, blocks, first, forks, local)
         # Before the base rows go on: new tiles start from their residual stream.
         for fork in forks:
-            self._grow(rows, fork)
+            tiles = rows.added(fork.cells)
+            if fork.resid_pre is not None:
+                tiles[:, : stages.n] = fork.resid_pre
+            stages.added_out(tiles, fork.gated)
         for i, block in enumerate(blocks):
-            block += self._mixer_out(self._taken_in(block) if i else first).view_as(block)
+            taken_in = self._taken_in(block) if i else first
+            stages.added_out(block, stages.gated(taken_in.inputs, taken_in.gate))
         rows.first_cells, rows.first = local.cells, rows.first[:0] if local.tensor is None else local.tensor
         return None
 
-    def _taken_in(self, block: Float[Tensor, "tiles n suffix d_model"]) -> _TakenIn:
+    def _taken_in(self, block: Float[Tensor, "tiles tokens d_model"]) -> _TakenIn:
         stages = self.stages
-        resid = block.flatten(0, 1)
-        mixer_in = stages.normed(resid)
+        mixer_in = stages.normed(block)
         in_x, gate = stages.projected_where_read(mixer_in)
-        return _TakenIn(resid, mixer_in, in_x, gate, stages.scan_inputs(stages.activated(in_x)))
-
-    def _mixer_out(self, taken_in: _TakenIn) -> Float[Tensor, "rows n_keep d_model"]:
-        return self.stages.out(self.stages.gated(taken_in.inputs, taken_in.gate))
-
-    def _grow(self, rows: Rows, fork: _Fork) -> None:
-        tiles = rows.added(fork.cells)
-        if fork.resid_pre is not None:
-            tiles[:, :, 0] = fork.resid_pre.reshape(tiles[:, :, 0].shape)
-        tiles += self.stages.out(fork.gated).view_as(tiles)
+        return _TakenIn(block, mixer_in, in_x, gate, stages.scan_inputs(stages.activated(in_x)))
 
     def _last(
         self, rows: Rows, blocks: Sequence[Tensor], first: _TakenIn, forks: Sequence[_Fork], local: Pile
-    ) -> Float[Tensor, "tiles n n_keep d_model"]:
+    ) -> Float[Tensor, "tiles n_keep d_model"]:
+        stages, kept = self.stages, self.kept_sites
         parts = []
         for i, block in enumerate(blocks):
-            before = block[:, :, self.stages.at]
-            parts.append(before + self._mixer_out(self._taken_in(block) if i else first).view_as(before))
-        base = blocks[0][0, :, self.stages.at]
+            taken_in = self._taken_in(block) if i else first
+            before = block[:, stages.at]
+            parts.append(before + stages.out(stages.gated(taken_in.inputs, taken_in.gate)))
         for fork in forks:
-            tiles = base.repeat(len(fork.cells), 1, 1, 1)
-            if fork.resid_pre is not None and self.site_is_kept:
-                tiles[:, :, 0] = fork.resid_pre.reshape(tiles[:, :, 0].shape)
-            parts.append(tiles + self.stages.out(fork.gated).view_as(tiles))
+            tiles = blocks[0][:1, stages.at].repeat(len(fork.cells), 1, 1)
+            if fork.resid_pre is not None:
+                tiles[:, : len(kept)] = fork.resid_pre[:, kept]
+            parts.append(tiles + stages.out(fork.gated))
             rows.cells += fork.cells
-        if local:
-            tiles = parts[0][0].repeat(local.tiles, 1, 1, 1)
-            tiles[:, :, 0] = local.tensor.reshape(tiles[:, :, 0].shape)  # type: ignore[union-attr]
+        if local.tensor is not None:
+            tiles = parts[0][:1].repeat(local.tiles, 1, 1)
+            tiles[:, : len(kept)] = local.tensor[:, kept]
             parts.append(tiles)
             rows.cells += local.cells
         return torch.cat(parts)
@@ -172,17 +175,16 @@ class _Layer:
     def _changed(self, pile: Pile, base: BaseRows, *shorts: str) -> None:
         """Add the rows that are changed at some hooks of one stage."""
         for group in self._of(*shorts):
-            pile.add(group.cells, group.applied(self.sweep, base.value(group.spec.short)))
+            pile.add(group.cells, group.applied(self.sweep, base))
 
     def _before_conv(self, rows: Rows, base: BaseRows) -> _Fork | None:
         """Changes that the conv carries on: what the previous layer changed at the site alone is one of them."""
         stages = self.stages
-        pile = Pile(stages.n, rows.first_cells, rows.first)
+        pile = Pile(rows.first_cells, rows.first)
         self._changed(pile, base, "resid_pre")
         resid, n_resid = pile.tensor, pile.tiles
         pile.map(stages.normed)
         self._changed(pile, base, "mixer_in")
-        n_gates = pile.tiles
         gates: list[Tensor] = []
 
         def project(mixer_in: Tensor) -> Tensor:
@@ -196,102 +198,108 @@ class _Layer:
             return None
         assert pile.tensor is not None
         assert resid is not None
-        reach = min(len(stages.taps), base.all_in_x.shape[1])
-        in_x = torch.cat([pile.tensor[:, None], tiled(base.all_in_x[:, 1:reach], pile.tiles)], 1)
-        early = stages.scan_inputs(stages.activated(in_x))
-        first_gate = gates[0] if self.site_is_kept and n_gates else None
-        first = torch.cat([resid, tiled(base.resid_pre, pile.tiles - n_resid)]) if n_resid < pile.tiles else resid
-        return _Fork(pile.cells, stages.rejoined(early, first_gate, base.inputs, base.all_gate), first)
+        early = stages.scan_inputs(stages.activated_early(pile.tensor, base.all_in_x))
+        first_gate = gates[0] if self.kept_sites and gates else None
+        if n_resid < pile.tiles:
+            resid = torch.cat([resid, base.resid_pre.expand(pile.tiles - n_resid, -1, -1)])
+        return _Fork(pile.cells, stages.rejoined(early, first_gate, base.inputs, base.all_gate), resid)
 
     def _up_to_state(self, base: BaseRows) -> _Fork | None:
         """Changes of what goes into the scan at the site, or of the state there: they go on through the state alone."""
-        stages = self.stages
-        conv = Pile(stages.n)
+        stages, n = self.stages, self.stages.n
+        conv = Pile()
         for group in self._of("conv_taps"):
-            conv.add(group.cells, stages.conv_of_taps(group.applied(self.sweep, base.conv_taps)))
+            conv.add(group.cells, stages.conv_of_taps(group.applied(self.sweep, base)))
         self._changed(conv, base, "conv")
         conv.map(stages.mixer.act)
         self._changed(conv, base, "x")
         steps: list[ScanInputs] = []
         cells = conv.cells
         if conv.tensor is not None:
-            raw = stages.scan_inputs(conv.tensor[:, None])
+            raw = stages.scan_inputs(conv.tensor)
             steps.append(raw._replace(delta=stages.delta(raw.delta), raw=False))
-        here = ScanInputs(base.x[:, None], base.delta[:, None], base.B[:, None], base.C[:, None], raw=False)
+        here = base.inputs.at(slice(n))
         for group in self._of("delta", "B"):
-            tiles = len(group.cells)
-            new = group.applied(self.sweep, base.value(group.spec.short))[:, None]
-            others = here.map(functools.partial(tiled, tiles=tiles))
-            steps.append(others._replace(delta=new) if group.spec.short == "delta" else others._replace(B=new))
+            new = group.applied(self.sweep, base)
+            if group.spec.short == "delta":
+                step = here._replace(delta=new, raw=False)
+            else:
+                step = here._replace(delta=base.delta[None], B=new, raw=False)
+            steps.append(step.map(functools.partial(_on_tiles, tiles=len(group.cells))))
             cells = cells + list(group.cells)
         states = self._states(base)
         cells = cells + states.cells
         if not cells:
             return None
-        step = ScanInputs.cat(steps, 0) if steps else None
-        return _Fork(cells, stages.carried(step, states.tensor, base.inputs, base.all_gate))
+        whole = None if not steps else steps[0] if len(steps) == 1 else ScanInputs.cat(steps, 0)
+        return _Fork(cells, stages.carried(whole, states.tensor, base.inputs, base.all_gate))
 
     def _states(self, base: BaseRows) -> Pile:
         """The states at the sites where they, or what makes them from those before, are changed."""
-        pile = Pile(self.stages.n)
-        past, inflow = self.stages.past.state, base.x[..., None].float()
+        pile = Pile()
+        past = self.stages.past.state
         for group in self._of(*OF_STATE):
-            new = group.applied(self.sweep, base.value(group.spec.short))
-            tiles = len(group.cells)
+            new = group.applied(self.sweep, base)
             if group.spec.short == "A_bar":
-                new = new * tiled(past, tiles) + tiled(base.B_bar * inflow, tiles)
+                new = new * past + base.inflow
             elif group.spec.short == "B_bar":
-                new = tiled(base.A_bar * past, tiles) + new * tiled(inflow, tiles)
+                new = base.A_bar * past + new * base.x[..., None].float()
             pile.add(group.cells, new)
         return pile
 
     def _after_state(self, base: BaseRows) -> Pile:
         """Changes that stay at the site in this layer: the residual stream there."""
-        pile = Pile(self.stages.n)
-        if not self.site_is_kept:
+        pile = Pile()
+        if not self.kept_sites:
             return pile
         for group in self._of("C"):
-            C = group.applied(self.sweep, base.C)
-            pile.add(group.cells, read(tiled(base.state, len(group.cells)), C).to(base.x.dtype))
+            C = group.applied(self.sweep, base)
+            pile.add(group.cells, read(base.state, C).to(base.x.dtype))
         self._changed(pile, base, "y")
-        pile.map(lambda y: y + self.stages.D * tiled(base.x, pile.tiles))
+        pile.map(lambda y: y + self.stages.D * base.x)
         self._changed(pile, base, "ssm_out")
-        pile.map(lambda ssm_out: ssm_out * F.silu(tiled(base.gate, pile.tiles)))
+        pile.map(lambda ssm_out: ssm_out * F.silu(base.gate))
         for group in self._of("gate"):
-            gate = group.applied(self.sweep, base.gate)
-            pile.add(group.cells, tiled(base.ssm_out, len(group.cells)) * F.silu(gate))
+            gate = group.applied(self.sweep, base)
+            pile.add(group.cells, base.ssm_out * F.silu(gate))
         self._changed(pile, base, "gated")
         pile.map(self.stages.out)
         self._changed(pile, base, "mixer_out")
-        pile.map(lambda mixer_out: tiled(base.resid_pre, pile.tiles) + mixer_out)
+        pile.map(lambda mixer_out: base.resid_pre + mixer_out)
         self._changed(pile, base, "resid_post")
         return pile
 
 
+def _on_tiles(tensor: Float[Tensor, "some n width"], tiles: int) -> Float[Tensor, "tiles n width"]:
+    return tensor.expand(tiles, -1, -1)
+
+
 def run_rows(
     sweep: Sweep,
-    tokens: Int[Tensor, "n suffix"],
+    tokens: Int[Tensor, " tokens"],
+    packing: Packing,
     pasts: Sequence[Past],
     changes: Mapping[int, Sequence[Changes]],
     keep: list[int],
-) -> tuple[list[int], Float[Tensor, "cells n n_keep d_model"]]:
-    """The residual stream of cells after the last layer at the positions `keep`, ascending, and the cells' numbers.
+) -> tuple[list[int], Float[Tensor, "cells n_keep d_model"]]:
+    """The numbers of cells, and their residual stream after the last layer at the tokens `keep` of a tile, ascending.
 
     Cells that cannot matter there are left out: those whose change stays at their site in the last layer.
 
-    tokens: of the base run from each site on. pasts: of every layer. changes: by layer.
+    tokens: of the base run from each site on. packing: how they lie. pasts: of every layer. changes: by layer.
     """
     model = sweep.model
     embedded = model.lm.get_input_embeddings()(tokens)
     if model.lm.config.residual_in_fp32:
         embedded = embedded.float()
-    rows = Rows(embedded, 1 + sum(len(group.cells) for groups in changes.values() for group in groups))
+    n_tiles = 1 + sum(len(group.cells) for groups in changes.values() for group in groups)
+    rows = Rows(embedded, packing.n, n_tiles)
+    decays = every_A(model)
     for layer, past in enumerate(pasts):
         rows.hidden, rows.first = (tensor.to(past.state.device) for tensor in (rows.hidden, rows.first))
         last = layer == len(pasts) - 1
-        groups = changes.get(layer, ())
-        stages = stages_of(model.blocks[layer], past, keep if last else None)
-        hidden = _Layer(sweep, stages, groups).run(rows)
+        stages = stages_of(model.blocks[layer], past, packing, decays[layer], keep if last else None)
+        hidden = _Layer(sweep, stages, changes.get(layer, ())).run(rows)
         if hidden is not None:
             return rows.cells, hidden[1:]
     raise AssertionError("a model has at least one layer")

@@ -13,6 +13,11 @@ from torch import Tensor
 from ssminterp.models import HookedMamba, HookPoint
 from ssminterp.models.hook_points import Recorder, attached
 from ssminterp.patching.placed_states import PlacedStates
+from ssminterp_kernels.backends import takes_triton
+
+# Hooks whose values `stage_runs` can tell.
+_SHORTS = "resid_pre mixer_in in_x gate conv x delta B C state gated mixer_out resid_post"
+BY_STAGES = tuple(_SHORTS.split())
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +107,10 @@ def collect(
 
     None where every position asked for is negative. No logits are computed.
     """
+    if span >= tokens.shape[1] and _suits_stages(model, wanted):
+        from ssminterp.patching.stage_runs import values_by_stages  # Triton may not be installed
+
+        return list(values_by_stages(model, tokens, wanted))
     distinct = {id(w.places): w.places for w in wanted}
     length = 1 + max((int(places.unique[-1]) for places in distinct.values() if len(places.rows)), default=-1)
     scans = _scans(model, len(tokens), wanted)
@@ -129,6 +138,12 @@ def collect(
         for i, part in zip(own, parts, strict=True):
             found[i] = part
     return found
+
+
+def _suits_stages(model: HookedMamba, wanted: Sequence[Wanted]) -> bool:
+    """Whether the values can be had from the stages of the layers, where those are launches on a GPU."""
+    weights = [block.mixer.conv1d.weight for block in model.blocks]
+    return all(takes_triton(weight) for weight in weights) and all(w.point.spec.short in BY_STAGES for w in wanted)
 
 
 def _scans(model: HookedMamba, n_runs: int, wanted: Sequence[Wanted]) -> dict[PlacedStates, list[int]]:

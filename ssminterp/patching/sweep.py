@@ -29,7 +29,7 @@ from ssminterp.patching.request import (
     sweep_tokens,
 )
 from ssminterp.patching.results import as_dataset, labelled, provenance, with_baselines
-from ssminterp.patching.resume import ResumeEngine
+from ssminterp.patching.resume import ResumeEngine, check_nothing_attached
 from ssminterp.patching.selections import Groups, selection_grid
 from ssminterp.patching.storage import Results, describe, open_folder
 
@@ -156,8 +156,11 @@ def patch_sweep(
     moved = on_grid(intervention, model, specs, chosen_layers, columns)
     sweep = Sweep(model, source, base, specs, chosen_layers, columns, grid.selections, moved)
     metrics = as_metrics(metric)
+    attached = [name for name, point in model.hook_points.items() if point.is_listened_to]
     if engine == "auto":
-        engine = "naive" if any(point.is_listened_to for point in model.hook_points.values()) else "resume"
+        engine = "naive" if attached else "resume"
+    elif engine == "resume":
+        check_nothing_attached(attached)
     limits = Limits.of(sweep, max_batch, max_bytes)
     in_parts = out is not None
     chosen = NaiveEngine(sweep, metrics) if engine == "naive" else ResumeEngine(sweep, metrics, limits, in_parts)

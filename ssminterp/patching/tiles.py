@@ -12,21 +12,17 @@ from torch import Tensor
 class Rows:
     """Rows on their way through the layers.
 
-    hidden: residual streams [tiles, n, suffix, d_model], the base rows' first, as many tiles as the pass will have.
+    hidden: residual streams [tiles, tokens, d_model], the base rows' first, as many tiles as the pass will have.
     cells: those of the tiles that are in use, without the base.
-    first, first_cells: rows that differ from the base at position 0 alone, [tiles · n, d_model].
+    first, first_cells: rows that differ from the base at position 0 alone, [tiles, n, d_model].
     """
 
-    def __init__(self, base: Float[Tensor, "n suffix d_model"], n_tiles: int) -> None:
+    def __init__(self, base: Float[Tensor, "tokens d_model"], n: int, n_tiles: int) -> None:
         self.hidden = base.new_empty(n_tiles, *base.shape)
         self.hidden[0] = base
         self.cells: list[int] = []
-        self.first = base.new_empty(0, base.shape[-1])
+        self.first = base.new_empty(0, n, base.shape[-1])
         self.first_cells: list[int] = []
-
-    @property
-    def suffix(self) -> int:
-        return self.hidden.shape[2]
 
     @property
     def used(self) -> Tensor:
@@ -42,10 +38,9 @@ class Rows:
 
 
 class Pile:
-    """Rows of several groups of changes that have come to the same stage, one below the other."""
+    """Tiles of several groups of changes that have come to the same stage: [tiles, n, *features]."""
 
-    def __init__(self, n: int, cells: Sequence[int] = (), tensor: Tensor | None = None) -> None:
-        self.n = n
+    def __init__(self, cells: Sequence[int] = (), tensor: Tensor | None = None) -> None:
         self.cells = list(cells)
         self.tensor = tensor
 

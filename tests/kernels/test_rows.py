@@ -3,133 +3,103 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from row_cases import SHAPES, TILES, RowCase, Rows, assert_close, expected_conv
 
 from ssminterp_kernels import rows
 from ssminterp_kernels.selective_scan import selective_scan_reference
 
-N_SITES, N_TILES = 3, 4
-ROWS = N_SITES * N_TILES
 
+class LowRank(Rows):
+    """Rows whose Δ comes from dt, as the loops take it."""
 
-class Case:
-    """Random rows of one layer; `keep` as in `RowScan`."""
+    def __init__(self, case: RowCase) -> None:
+        super().__init__(case)
+        self.dt_weight = torch.randn(case.d_inner, 5) / 2
+        arguments = (self.A, self.D, self.dt_weight, self.bias, self.past, case.kept)
+        self.scan = rows.RowScan.of(self.packing, *arguments)
 
-    def __init__(self, length: int, d_inner: int, d_state: int, keep: list[int] | None) -> None:
-        projected = torch.randn(ROWS, length, 2 * d_inner)
-        self.x, self.gate = projected.chunk(2, dim=-1)  # strides as in the mixer
-        parts = torch.randn(ROWS, length, 5 + 2 * d_state)
-        self.dt, self.B, self.C = parts.split([5, d_state, d_state], dim=-1)
-        self.dt_weight = torch.randn(d_inner, 5) / 2
-        self.A, self.D, self.bias = -torch.rand(d_inner, d_state) * 3, torch.randn(d_inner), torch.randn(d_inner)
-        self.past = torch.randn(N_SITES, d_inner, d_state)
-        self.keep = list(range(length)) if keep is None else keep
-        self.scan = rows.RowScan.of(self.A, self.D, self.dt_weight, self.bias, self.past, keep)
-        self.base = rows.Early(*(tensor[:N_SITES] for tensor in (self.x, self.dt, self.B, self.C)), raw=True)
-
-    def expected(
-        self,
-        x: torch.Tensor,
-        delta: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        gate: torch.Tensor,
-        start: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """In float64; delta is Δ itself; `start` instead of the pasts."""
-        start = self.past.repeat(N_TILES, 1, 1) if start is None else start
-        inputs = (tensor.double() for tensor in (x, delta, self.A, B, C))
-        y = selective_scan_reference(*inputs, D=self.D.double(), initial_state=start.double())[0]
-        return y[:, self.keep] * F.silu(gate.double())
-
-    def step(self, dt: torch.Tensor) -> torch.Tensor:
-        return F.softplus(dt.double() @ self.dt_weight.double().T + self.bias.double())
-
-
-def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    assert got.isfinite().all()
-    assert float((got - expected).norm() / expected.norm()) < 1e-5
-
-
-def tiled(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.repeat(N_TILES, *(1,) * (tensor.dim() - 1))
-
-
-SHAPES = [(1, 16, 4, None), (7, 48, 3, None), (37, 160, 16, [0, 5, 36]), (5, 16, 16, [4])]
+    def dt_inputs(self, tiles: int, tokens: int) -> tuple[rows.Early, rows.Early]:
+        """The same twice: with dt, and with what dt_proj makes of it."""
+        inputs = self.inputs(tiles, tokens)
+        dt = torch.randn(tiles, tokens, 7)[..., :5]
+        return inputs._replace(delta=dt), inputs._replace(delta=dt @ self.dt_weight.T)
 
 
 @pytest.fixture(params=SHAPES, ids=str)
-def case(request: pytest.FixtureRequest) -> Case:
-    return Case(*request.param)
+def case(request: pytest.FixtureRequest) -> LowRank:
+    return LowRank(request.param)
+
+
+def test_packing() -> None:
+    packing = rows.Packing([4, 2, 2])
+    assert packing.starts == [0, 3, 6, 7, 8]
+    assert packing.rows.tolist() == [0, 1, 2, 0, 1, 2, 0, 0]
+    assert packing.positions.tolist() == [0, 0, 0, 1, 1, 1, 2, 3]
+    assert packing.padded[:, :2].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert [packing.tokens_before(t) for t in (0, 1, 3, 9)] == [0, 3, 7, 8]
+    assert [packing.reach_of(tokens) for tokens in (3, 6, 8)] == [1, 2, 4]
+    assert packing.from_position(2).lengths == [2]
+    for lengths in ([], [2, 3], [1, 0]):
+        with pytest.raises(ValueError, match="never grow"):
+            rows.Packing(lengths)
 
 
 def test_conv_and_silu_go_on_from_the_windows() -> None:
-    for d_conv, length in ((4, 6), (4, 2), (2, 5)):
-        in_x = torch.randn(ROWS, length, 64)[..., 32:]
-        window, taps, bias = torch.randn(N_SITES, d_conv - 1, 32), torch.randn(d_conv, 32), torch.randn(32)
-        whole = torch.cat([tiled(window), in_x], dim=1).transpose(1, 2).double()
+    packing = rows.Packing([6, 3, 1])
+    for d_conv, tokens in ((4, 10), (4, packing.tokens_before(2)), (2, 10)):
+        in_x = torch.randn(TILES, tokens, 64)[..., 32:]
+        window, taps, bias = torch.randn(3, d_conv - 1, 32), torch.randn(d_conv, 32), torch.randn(32)
         for some_bias in (bias, None):
-            added = None if some_bias is None else some_bias.double()
-            conv = F.conv1d(whole, taps.T[:, None].double(), added, groups=32).transpose(1, 2)
-            assert_close(rows.conv_silu(in_x, window, taps, some_bias), F.silu(conv))
+            expected = F.silu(expected_conv(packing, in_x, window, taps, some_bias))
+            assert_close(rows.conv_silu(packing, in_x, window, taps, some_bias), expected)
 
 
-def test_scanned_rows(case: Case) -> None:
-    gate = case.gate[:, case.keep]
-    expected = case.expected(case.x, case.step(case.dt), case.B, case.C, gate)
-    assert_close(rows.scanned_rows(case.scan, case.x, case.dt, case.B, case.C, gate), expected)
+def test_scanned_rows(case: LowRank) -> None:
+    given, projected = case.dt_inputs(TILES, case.packing.tokens)
+    gate = case.draw(TILES, len(case.keep), case.case.d_inner)
+    assert_close(rows.scanned_rows(case.scan, *given[:4], gate), case.expected(projected, None, None, gate))
 
 
 @pytest.mark.parametrize("raw", [True, False])
-def test_rows_that_take_in_something_else_at_first(case: Case, raw: bool) -> None:
-    length = case.x.shape[1]
-    reach = min(4, length)
-    gate = case.gate[:N_SITES, case.keep]
-    delta = case.dt if raw else case.step(case.dt).float()
-    early = rows.Early(*(tensor[:, :reach] for tensor in (case.x, delta, case.B, case.C)), raw)
-    first_gate = torch.randn(ROWS - N_SITES, case.x.shape[2]) if case.keep[0] == 0 else None
-    gated = rows.forked_rows(case.scan, early, None, case.base, gate, first_gate)
-    gates = tiled(gate).clone()
-    if first_gate is not None:
-        gates[: len(first_gate), 0] = first_gate
-    x, B, C = (
-        torch.cat([own[:, :reach], tiled(of_base)[:, reach:]], dim=1)
-        for own, of_base in ((case.x, case.base.x), (case.B, case.base.B), (case.C, case.base.C))
-    )
-    steps = torch.cat([case.step(case.dt)[:, :reach], case.step(tiled(case.base.delta))[:, reach:]], dim=1)
-    assert_close(gated, case.expected(x, steps, B, C, gates))
+@pytest.mark.parametrize("n_gates", [0, 2])
+def test_rows_that_take_in_something_else_at_first(case: LowRank, raw: bool, n_gates: int) -> None:
+    tokens = case.packing.tokens_before(4)
+    own, projected = case.dt_inputs(TILES, tokens) if raw else [case.inputs(TILES, tokens, raw=False)] * 2
+    base, base_projected = case.dt_inputs(1, case.packing.tokens)
+    gate = case.draw(1, len(case.keep), case.case.d_inner)
+    first_gate = case.draw(n_gates, case.packing.n, case.case.d_inner) if n_gates else None
+    expected = case.expected(projected, None, base_projected, gate, first_gate)
+    assert_close(rows.forked_rows(case.scan, own, None, base, gate, first_gate), expected)
 
 
 @pytest.mark.parametrize("n_early", [0, 2])
-def test_rows_whose_state_is_another_at_first(case: Case, n_early: int) -> None:
+def test_rows_whose_state_is_another_at_first(case: LowRank, n_early: int) -> None:
     """The last tiles; the first ones take in something else."""
-    d_inner, d_state, n_first = case.x.shape[2], case.B.shape[2], n_early * N_SITES
-    states, gate = torch.randn(ROWS - n_first, d_inner, d_state), case.gate[:N_SITES, case.keep]
-    own = rows.Early(*(tensor[:n_first, :1] for tensor in (case.x, case.dt, case.B, case.C)), raw=True)
-    gated = rows.forked_rows(case.scan, own if n_early else None, states, case.base, gate)
+    n, d_inner, d_state = case.past.shape
+    states, gate = torch.randn(TILES, n, d_inner, d_state), case.draw(1, len(case.keep), d_inner)
+    own, own_projected = case.dt_inputs(n_early, n)
+    base, base_projected = case.dt_inputs(1, case.packing.tokens)
+    gated = rows.forked_rows(case.scan, own if n_early else None, states, base, gate)
+    expected = case.expected(None, states, base_projected, gate)
     if n_early:
-        assert_close(gated[:n_first], rows.forked_rows(case.scan, own, None, case.base, gate))
-    steps = case.step(tiled(case.base.delta))
-    steps[:, 0] = 0.0  # neither decay nor inflow: the state after position 0 is the one before it
-    inputs = (tiled(tensor) for tensor in (case.base.B, case.base.C, gate))
-    start = torch.cat([torch.zeros(n_first, d_inner, d_state), states])
-    expected = case.expected(tiled(case.base.x), steps, *inputs, start=start)
-    assert_close(gated[n_first:], expected[n_first:])
+        expected = torch.cat([case.expected(own_projected, None, base_projected, gate), expected])
+    assert_close(gated, expected)
 
 
 @pytest.mark.parametrize("span", [7, 3])
 def test_states_at_places_of_their_own_in_each_run(span: int) -> None:
-    case = Case(7, 48, 3, None)
-    delta = case.step(case.dt).float()
-    places = [(0, 0), (0, 6), (2, 3), (ROWS - 1, 5)]
-    out, before = torch.zeros(len(places), 48, 3), rows.blocks(torch.zeros(ROWS, 48, 3))
+    case = Rows(RowCase([7], 48, 3, None))
+    runs = case.inputs(4, 7, raw=False)
+    places = [(0, 0), (0, 6), (2, 3), (3, 5)]
+    out, before = torch.zeros(len(places), 48, 3), rows.blocks(torch.zeros(4, 48, 3))
     for start in range(0, 7, span):
-        slots = torch.full((ROWS, min(span, 7 - start)), -1)
+        slots = torch.full((4, min(span, 7 - start)), -1)
         for i, (row, position) in enumerate(places):
             if start <= position < start + span:
                 slots[row, position - start] = i
-        x, steps, B = (tensor[:, start : start + span] for tensor in (case.x, delta, case.B))
+        x, steps, B = (tensor[:, start : start + span] for tensor in runs[:3])
         rows.recorded_states(case.A, x, steps, B, before, slots, out)
-    inputs = (tensor.double() for tensor in (case.x, delta, case.A, case.B, case.C))
+    inputs = (tensor.double() for tensor in (runs.x, runs.delta, case.A, runs.B, runs.C))
     states = selective_scan_reference(*inputs)[1]
     assert_close(out, torch.stack([states[place] for place in places]))
 
@@ -141,19 +111,20 @@ def test_norm(width: int) -> None:
     assert_close(rows.normed(resid, weight, 1e-5), expected)
 
 
-def test_axes_that_do_not_lie_in_one_piece(case: Case) -> None:
-    gate = case.gate[:, case.keep]
-    inputs = (case.x, case.dt, case.B, case.C, gate)
+def test_axes_that_do_not_lie_in_one_piece(case: LowRank) -> None:
+    gate = case.draw(TILES, len(case.keep), case.case.d_inner)
+    inputs = (*case.dt_inputs(TILES, case.packing.tokens)[0][:4], gate)
     strided = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in inputs)
     assert torch.equal(rows.scanned_rows(case.scan, *strided), rows.scanned_rows(case.scan, *inputs))
 
 
 def test_several_threads_do_what_one_does() -> None:
-    case = Case(64, 160, 16, None)
-    one = rows.scanned_rows(case.scan, case.x, case.dt, case.B, case.C, case.gate)
+    case = LowRank(RowCase([64, 40, 1], 160, 16, None))
+    inputs = (*case.dt_inputs(TILES, 105)[0][:4], case.draw(TILES, 105, 160))
+    one = rows.scanned_rows(case.scan, *inputs)
     torch.set_num_threads(3)
     try:
-        assert torch.equal(rows.scanned_rows(case.scan, case.x, case.dt, case.B, case.C, case.gate), one)
+        assert torch.equal(rows.scanned_rows(case.scan, *inputs), one)
     finally:
         torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ssminterp import HookedMamba
 from ssminterp.interventions import ablate, freeze, knockout, patch, scale, steer
-from ssminterp.patching import patch_sweep, plan
+from ssminterp.patching import patch_sweep
 from ssminterp_kernels import rows
 from tests.patching.sweep_cases import HOOKS, assert_equal_sweeps, both_engines, last_logit, metric_at
 from tests.tiny_models import hooked, random_tokens
@@ -71,14 +71,12 @@ def test_a_metric_that_says_where_it_reads(
 
 
 @pytest.mark.usefixtures("stages")
-@pytest.mark.parametrize("idle_work", [0.0, 1e12])
-def test_changes_of_one_position_only_and_padded_passes(
-    model: HookedMamba, pair: tuple[torch.Tensor, torch.Tensor], idle_work: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("max_batch", [None, 20])
+def test_changes_of_one_position_only_in_one_pass_and_in_several(
+    model: HookedMamba, pair: tuple[torch.Tensor, torch.Tensor], max_batch: int | None
 ) -> None:
-    monkeypatch.setattr(plan, "IDLE_WORK", {"cpu": idle_work})
-    monkeypatch.setattr(plan, "CPU_WEIGHT_TOKENS", 0)
-    options = {"positions": [0, 3, 6], "intervention": lambda now, other: now - 2 * other}
-    assert_equal_sweeps(*both_engines(model, *pair, HOOKS, last_logit, positions=[0, 3, 6]))
+    options = {"positions": [0, 3, 6], "intervention": lambda now, other: now - 2 * other, "max_batch": max_batch}
+    assert_equal_sweeps(*both_engines(model, *pair, HOOKS, last_logit, positions=[0, 3, 6], max_batch=max_batch))
     assert_equal_sweeps(*both_engines(model, *pair, ["C", "mixer_out", "x"], metric_at([6, 2, 4]), **options))
 
 

@@ -1,11 +1,12 @@
-"""Many short rows that go on from a few pasts, in float32 on the CPU: what a sweep of patches runs.
+"""Many short rows that go on from a few pasts: what a sweep of patches runs.
 
-Row r goes on from the past of site r mod n, so rows lie in tiles of n. The functions are the stages of a Mamba-1 mixer
-between its matrix products (Gu & Dao 2023, arXiv:2312.00752, section 3), each in one pass over memory:
+Rows come in tiles of n, each of which goes on from the same n pasts, and lie in a tile as `Packing` says. The functions
+are for float32 on the CPU; `triton_stages` has them for GPUs. They are the stages of a Mamba-1 mixer between its matrix
+products (Gu & Dao 2023, arXiv:2312.00752, section 3), each in one pass over memory:
 
     conv_silu         the causal conv and SiLU
     scanned_rows      Δ's bias and softplus, the scan, D and the gate
-    forked_rows       the same for rows that differ from their site's base row at their first positions alone
+    forked_rows       the same for rows that differ from their tile's base rows at their first positions alone
     recorded_states   states at places of their own in each run
     normed            RMS norm
 
@@ -23,9 +24,11 @@ from ssminterp_kernels.rows.mixer_stages import (
     scanned_rows,
     suits,
 )
+from ssminterp_kernels.rows.packing import Packing
 
 __all__ = [
     "Early",
+    "Packing",
     "RowScan",
     "blocks",
     "conv_silu",

@@ -123,77 +123,90 @@ def _copy_block(source, i, q, h):
 
 
 @no_type_check
-def _conv_silu(counter, n_tasks, in_x, window, taps, bias, x):
-    _, length, d_inner = in_x.shape
+def _conv_silu(counter, n_tasks, starts, lengths, in_x, window, taps, bias, x):
+    d_inner = in_x.shape[2]
     n, last = window.shape[0], taps.shape[0] - 1
     while True:
-        row = next_task(counter)
-        if row >= n_tasks:
+        task = next_task(counter)
+        if task >= n_tasks:
             break
-        site = row % n
-        for t in range(length):
+        tile, site = divmod(task, n)
+        for t in range(lengths[site]):
+            here = starts[t] + site
+            if here >= in_x.shape[1]:
+                break
             if t >= last == 3:  # nearly every conv has four taps
+                first, second, third = starts[t - 3] + site, starts[t - 2] + site, starts[t - 1] + site
                 for c in range(0, d_inner, LANES):
-                    early = load(in_x, (row, t - 3, c)) * load(taps, (0, c)) + load(bias, (c,))
-                    late = load(in_x, (row, t - 1, c)) * load(taps, (2, c))
-                    early = early + load(in_x, (row, t - 2, c)) * load(taps, (1, c))
-                    late = late + load(in_x, (row, t, c)) * load(taps, (3, c))
-                    store(x, (row, t, c), _silu(early + late))
+                    early = load(in_x, (tile, first, c)) * load(taps, (0, c)) + load(bias, (c,))
+                    late = load(in_x, (tile, third, c)) * load(taps, (2, c))
+                    early = early + load(in_x, (tile, second, c)) * load(taps, (1, c))
+                    late = late + load(in_x, (tile, here, c)) * load(taps, (3, c))
+                    store(x, (tile, here, c), _silu(early + late))
             else:
                 for c in range(0, d_inner, LANES):
                     conv = load(bias, (c,))
                     for tap in range(last + 1):
                         at = t - last + tap
-                        before = load(in_x, (row, at, c)) if at >= 0 else load(window, (site, last + at, c))
+                        if at >= 0:
+                            before = load(in_x, (tile, starts[at] + site, c))
+                        else:
+                            before = load(window, (site, last + at, c))
                         conv = conv + before * load(taps, (tap, c))
-                    store(x, (row, t, c), _silu(conv))
+                    store(x, (tile, here, c), _silu(conv))
 
 
 @no_type_check
-def _scanned_rows(counter, n_tasks, x, delta, raw, dt_weight, bias, B, C, rate, D, gate, past, kept, gated):
-    length = x.shape[1]
+def _scanned_rows(
+    counter, n_tasks, starts, lengths, x, delta, raw, dt_weight, bias, B, C, rate, D, gate, past, kept, gated
+):
     n, n_blocks, d_state = past.shape[:3]
     states = _states(n_blocks, d_state)
     steps, inflows, outs = _scratch(SPAN * n_blocks), _scratch(SPAN * n_blocks), _scratch(SPAN * n_blocks)
     while True:
-        row = next_task(counter)
-        if row >= n_tasks:
+        task = next_task(counter)
+        if task >= n_tasks:
             break
+        tile, site = divmod(task, n)
+        length = lengths[site]
         for q in range(n_blocks):
-            _copy_block(past, row % n, q, states[q])
+            _copy_block(past, site, q, states[q])
         for start in range(0, length, SPAN):
             stop = min(start + SPAN, length)
             for t in range(start, stop):
+                token = starts[t] + site
                 for q in range(n_blocks):
                     at, c = ((t - start) * n_blocks + q, 0), q * LANES
-                    step = _step(delta, row, t, c, raw, dt_weight, bias)
+                    step = _step(delta, tile, token, c, raw, dt_weight, bias)
                     store(steps, at, step)
-                    store(inflows, at, step * load(x, (row, t, c)))
+                    store(inflows, at, step * load(x, (tile, token, c)))
             for q in range(n_blocks):
                 h = states[q]
                 for t in range(start, stop):
                     at = ((t - start) * n_blocks + q, 0)
-                    step, inflow = load(steps, at), load(inflows, at)
-                    if kept[t] < 0:
-                        _advance(h, rate, q, step, inflow, B, row, t)
+                    step, inflow, token = load(steps, at), load(inflows, at), starts[t] + site
+                    if kept[token] < 0:
+                        _advance(h, rate, q, step, inflow, B, tile, token)
                     else:
-                        store(outs, at, _advance_and_read(h, rate, q, step, inflow, B, C, row, t))
+                        store(outs, at, _advance_and_read(h, rate, q, step, inflow, B, C, tile, token))
             for t in range(start, stop):
-                k = kept[t]
+                token = starts[t] + site
+                k = kept[token]
                 if k >= 0:
                     for q in range(n_blocks):
                         at, c = ((t - start) * n_blocks + q, 0), q * LANES
-                        ssm_out = load(outs, at) + load(x, (row, t, c)) * load(D, (c,))
-                        store(gated, (row, k, c), ssm_out * _silu(load(gate, (row, k, c))))
+                        ssm_out = load(outs, at) + load(x, (tile, token, c)) * load(D, (c,))
+                        store(gated, (tile, k, c), ssm_out * _silu(load(gate, (tile, k, c))))
 
 
 @no_type_check
 def _forked_rows(
-    counter, n_tasks, early_x, early_delta, early_raw, early_B, early_C, states,
+    counter, n_tasks, starts, lengths, early_x, early_delta, early_raw, early_B, early_C, states,
     x, delta, dt_weight, bias, B, C, rate, D, gate, first_gate, past, kept, gated,
 ):  # fmt: skip
-    n, length, d_inner = x.shape
-    d_state, reach, tiles = past.shape[2], early_x.shape[1], gated.shape[0] // n
+    n, d_inner = past.shape[0], x.shape[2]
+    d_state, tiles = past.shape[2], gated.shape[0]
+    early_tokens = max(early_x.shape[1], n)  # what starts from a state takes in nothing at position 0
     n_groups, n_blocks = n_tasks // n, d_inner // LANES
     h, base = _states(GROUP, d_state), _states(GROUP, d_state)
     decay, weight = _states(GROUP, d_state), _states(GROUP, d_state)
@@ -204,41 +217,46 @@ def _forked_rows(
         if task >= n_tasks:
             break
         site, group = divmod(task, n_groups)
+        length, reach = lengths[site], 0
+        while reach < length and starts[reach] < early_tokens:
+            reach += 1
         first, width = group * GROUP, min(GROUP, n_blocks - group * GROUP)
         for i in range(width):
             _copy_block(past, site, first + i, base[i])
         for t in range(reach):
-            _steps(steps, inflows, first, width, x, delta, True, dt_weight, bias, site, t)
+            token = starts[t] + site
+            _steps(steps, inflows, first, width, x, delta, True, dt_weight, bias, 0, token)
             for i in range(width):
-                _advance(base[i], rate, first + i, load(steps, (i, 0)), load(inflows, (i, 0)), B, site, t)
+                _advance(base[i], rate, first + i, load(steps, (i, 0)), load(inflows, (i, 0)), B, 0, token)
         for tile in range(tiles):
-            row, given = tile * n + site, tile - early_x.shape[0] // n  # those with states come last
+            given = tile - early_x.shape[0]  # those with states come last
             for i in range(width):
                 if given >= 0:
                     for m in range(d_state):
                         for lane in range(LANES):
-                            h[i, m, lane] = states[given * n + site, (first + i) * LANES + lane, m]
+                            h[i, m, lane] = states[given, site, (first + i) * LANES + lane, m]
                 else:
                     _copy_block(past, site, first + i, h[i])
             for t in range(reach):
-                k = kept[t]
+                token = starts[t] + site
+                k = kept[token]
                 if given >= 0:
                     for i in range(width):
-                        here = load(x, (site, t, (first + i) * LANES))
-                        store(outs, (i, 0), _read(h[i], C, site, t) + here * load(D, ((first + i) * LANES,)))
+                        here = load(x, (0, token, (first + i) * LANES))
+                        store(outs, (i, 0), _read(h[i], C, 0, token) + here * load(D, ((first + i) * LANES,)))
                 else:
-                    _steps(steps, inflows, first, width, early_x, early_delta, early_raw, dt_weight, bias, row, t)
+                    _steps(steps, inflows, first, width, early_x, early_delta, early_raw, dt_weight, bias, tile, token)
                     for i in range(width):
                         step, inflow = load(steps, (i, 0)), load(inflows, (i, 0))
-                        y = _advance_and_read(h[i], rate, first + i, step, inflow, early_B, early_C, row, t)
-                        here = load(early_x, (row, t, (first + i) * LANES))
+                        y = _advance_and_read(h[i], rate, first + i, step, inflow, early_B, early_C, tile, token)
+                        here = load(early_x, (tile, token, (first + i) * LANES))
                         store(outs, (i, 0), y + here * load(D, ((first + i) * LANES,)))
                 if k >= 0:
                     for i in range(width):
                         c = (first + i) * LANES
-                        own = t == 0 and row < first_gate.shape[0]
-                        z = load(first_gate, (row, c)) if own else load(gate, (site, k, c))
-                        store(gated, (row, k, c), load(outs, (i, 0)) * _silu(z))
+                        own = t == 0 and tile < first_gate.shape[0]
+                        z = load(first_gate, (tile, site, c)) if own else load(gate, (0, k, c))
+                        store(gated, (tile, k, c), load(outs, (i, 0)) * _silu(z))
             for i in range(width):
                 for m in range(d_state):
                     store(differs, (tile * GROUP + i, m, 0), load(h, (i, m, 0)) - load(base, (i, m, 0)))
@@ -246,15 +264,16 @@ def _forked_rows(
             for m in range(d_state):
                 store(decay, (i, m, 0), splat(_ONE))
         for t in range(reach, length):
-            k = kept[t]
-            _steps(steps, inflows, first, width, x, delta, True, dt_weight, bias, site, t)
+            token = starts[t] + site
+            k = kept[token]
+            _steps(steps, inflows, first, width, x, delta, True, dt_weight, bias, 0, token)
             for i in range(width):
                 c = (first + i) * LANES
-                step, inflow, y = load(steps, (i, 0)), load(inflows, (i, 0)), load(x, (site, t, c)) * load(D, (c,))
+                step, inflow, y = load(steps, (i, 0)), load(inflows, (i, 0)), load(x, (0, token, c)) * load(D, (c,))
                 for m in range(d_state):
                     at = (i, m, 0)
-                    a, read = exp2(step * load(rate, (first + i, m, 0))), splat(C[site, t, m])
-                    now, total = a * load(base, at) + inflow * splat(B[site, t, m]), a * load(decay, at)
+                    a, read = exp2(step * load(rate, (first + i, m, 0))), splat(C[0, token, m])
+                    now, total = a * load(base, at) + inflow * splat(B[0, token, m]), a * load(decay, at)
                     store(base, at, now)
                     store(decay, at, total)
                     store(weight, at, total * read)
@@ -262,7 +281,7 @@ def _forked_rows(
                 store(outs, (i, 0), y)
             if k >= 0:
                 for i in range(width):
-                    store(open_gate, (i, 0), _silu(load(gate, (site, k, (first + i) * LANES))))
+                    store(open_gate, (i, 0), _silu(load(gate, (0, k, (first + i) * LANES))))
             if k < 0:
                 continue
             for tile in range(0, tiles - 3, 4):  # four sums at once: none waits for the other
@@ -275,17 +294,16 @@ def _forked_rows(
                         y_2 = y_2 + load(differs, (at + GROUP, m, 0)) * w
                         y_3 = y_3 + load(differs, (at + 2 * GROUP, m, 0)) * w
                         y_4 = y_4 + load(differs, (at + 3 * GROUP, m, 0)) * w
-                    row = tile * n + site
-                    store(gated, (row, k, c), y_1 * z)
-                    store(gated, (row + n, k, c), y_2 * z)
-                    store(gated, (row + 2 * n, k, c), y_3 * z)
-                    store(gated, (row + 3 * n, k, c), y_4 * z)
+                    store(gated, (tile, k, c), y_1 * z)
+                    store(gated, (tile + 1, k, c), y_2 * z)
+                    store(gated, (tile + 2, k, c), y_3 * z)
+                    store(gated, (tile + 3, k, c), y_4 * z)
             for tile in range(tiles - tiles % 4, tiles):
                 for i in range(width):
                     moved = load(outs, (i, 0))
                     for m in range(d_state):
                         moved = moved + load(differs, (tile * GROUP + i, m, 0)) * load(weight, (i, m, 0))
-                    store(gated, (tile * n + site, k, (first + i) * LANES), moved * load(open_gate, (i, 0)))
+                    store(gated, (tile, k, (first + i) * LANES), moved * load(open_gate, (i, 0)))
 
 
 @no_type_check
@@ -337,17 +355,18 @@ def _normed(counter, n_tasks, rows_per_task, resid, weight, epsilon, normed):
 
 _TASKS = (int64[::1], int64)
 _1D, _2D, _3D, _4D = float32[::1], float32[:, ::1], float32[:, :, ::1], float32[:, :, :, ::1]
-_VIEW_2D, _VIEW_3D = float32[:, :], float32[:, :, :]
+_VIEW_3D = float32[:, :, :]
 _TABLE = int32[::1]
 
 
+_PACKING = (_TABLE, _TABLE)
 _INPUTS = (_VIEW_3D, _VIEW_3D, boolean, _2D, _1D, _VIEW_3D, _VIEW_3D)
-_EARLY = (_VIEW_3D, _VIEW_3D, boolean, _VIEW_3D, _VIEW_3D, _VIEW_3D)
+_EARLY = (_VIEW_3D, _VIEW_3D, boolean, _VIEW_3D, _VIEW_3D, float32[:, :, :, :])
 _BASE = (_VIEW_3D, _VIEW_3D, _2D, _1D, _VIEW_3D, _VIEW_3D, _3D, _1D, _VIEW_3D)
 _KERNELS = {
-    "conv_silu": (_conv_silu, (_VIEW_3D, _VIEW_3D, _2D, _1D, _3D)),
-    "scanned_rows": (_scanned_rows, (*_INPUTS, _3D, _1D, _VIEW_3D, _4D, _TABLE, _3D)),
-    "forked_rows": (_forked_rows, (*_EARLY, *_BASE, _VIEW_2D, _4D, _TABLE, _3D)),
+    "conv_silu": (_conv_silu, (*_PACKING, _VIEW_3D, _VIEW_3D, _2D, _1D, _3D)),
+    "scanned_rows": (_scanned_rows, (*_PACKING, *_INPUTS, _3D, _1D, _VIEW_3D, _4D, _TABLE, _3D)),
+    "forked_rows": (_forked_rows, (*_PACKING, *_EARLY, *_BASE, _VIEW_3D, _4D, _TABLE, _3D)),
     "recorded_states": (_recorded_states, (_VIEW_3D, _VIEW_3D, _VIEW_3D, _3D, _4D, int32[:, ::1], _3D)),
     "normed": (_normed, (int64, _2D, _1D, float32, _2D)),
 }

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ssminterp_kernels.rows.layout import GROUP, LANES
+from ssminterp_kernels.rows.packing import Packing
 from ssminterp_kernels.selective_scan.cpu_threads import run_on_threads
 
 # What a thread must find to do to be worth waking, which takes about half as long.
@@ -21,10 +22,12 @@ _CONV, _NORM, _UPDATE, _CARRIED = 0.25e-9, 0.12e-9, 0.15e-9, 1e-9
 class RowScan(NamedTuple):
     """What the scans of a layer's rows have in common.
 
-    rate: A · log2(e) as `blocks` lays it out. dt_weight, bias: Δ = softplus(dt · dt_weight + bias). past: the states
-    before the sites, laid out as the rate. kept: the positions, ascending, whose output is wanted; None means all.
+    packing: how rows lie in a tile. rate: A · log2(e) as `blocks` lays it out. dt_weight, bias: Δ = softplus(dt ·
+    dt_weight + bias). past: the states before the rows, laid out as the rate. kept: the tokens of a tile, ascending,
+    whose output is wanted; None means all.
     """
 
+    packing: Packing
     rate: Float[Tensor, "n_blocks d_state lanes"]
     D: Float[Tensor, " d_inner"]
     dt_weight: Float[Tensor, "dt_rank d_inner"]
@@ -34,6 +37,7 @@ class RowScan(NamedTuple):
 
     @staticmethod
     def of(
+        packing: Packing,
         A: Float[Tensor, "d_inner d_state"],
         D: Float[Tensor, " d_inner"],
         dt_weight: Float[Tensor, "d_inner dt_rank"],
@@ -43,19 +47,20 @@ class RowScan(NamedTuple):
     ) -> RowScan:
         """From tensors as a mixer has them."""
         bias = torch.zeros_like(D) if bias is None else bias.contiguous()
-        return RowScan(_rate(A), D, dt_weight.T.contiguous(), bias, blocks(past), kept)
+        return RowScan(packing, _rate(A), D, dt_weight.T.contiguous(), bias, blocks(past), kept)
 
-    def table(self, length: int) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """The place of every position among those that are kept, or -1."""
+    @property
+    def table(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """The place of every token among those that are kept, or -1."""
         if self.kept is None:
-            return np.arange(length, dtype=np.int32)
-        places = np.full(length, -1, np.int32)
+            return np.arange(self.packing.tokens, dtype=np.int32)
+        places = np.full(self.packing.tokens, -1, np.int32)
         places[self.kept] = np.arange(len(self.kept))
         return places
 
 
 class Early(NamedTuple):
-    """What rows take in at their first positions, [rows, reach, …]: if `raw`, dt in place of Δ."""
+    """What rows take in at their first positions, [tiles, tokens, …]: if `raw`, dt in place of Δ."""
 
     x: Tensor
     delta: Tensor
@@ -79,60 +84,68 @@ def _rate(A: Float[Tensor, "d_inner d_state"]) -> Float[Tensor, "n_blocks d_stat
 
 
 def conv_silu(
-    in_x: Float[Tensor, "rows pos d_inner"],
+    packing: Packing,
+    in_x: Float[Tensor, "tiles some_tokens d_inner"],
     window: Float[Tensor, "n n_before d_inner"],
     taps: Float[Tensor, "d_conv d_inner"],
     bias: Float[Tensor, " d_inner"] | None,
-) -> Float[Tensor, "rows pos d_inner"]:
-    """SiLU of the causal depthwise conv. window: the d_conv - 1 inputs before each site. taps: oldest first."""
+) -> Float[Tensor, "tiles some_tokens d_inner"]:
+    """SiLU of the causal depthwise conv. window: the d_conv - 1 inputs before each row. taps: oldest first.
+
+    in_x: of all tokens, or those of the first positions.
+    """
     x = torch.empty(in_x.shape)
     bias = torch.zeros(in_x.shape[2]) if bias is None else bias
-    _run("conv_silu", len(in_x), _CONV * x.numel(), in_x, window, taps.contiguous(), bias, x)
+    n_rows = len(in_x) * packing.n
+    _run("conv_silu", n_rows, _CONV * x.numel(), *packing.arrays, in_x, window, taps.contiguous(), bias, x)
     return x
 
 
 def scanned_rows(
     scan: RowScan,
-    x: Float[Tensor, "rows pos d_inner"],
-    dt: Float[Tensor, "rows pos dt_rank"],
-    B: Float[Tensor, "rows pos d_state"],
-    C: Float[Tensor, "rows pos d_state"],
-    gate: Float[Tensor, "rows n_kept d_inner"],
-) -> Float[Tensor, "rows n_kept d_inner"]:
-    """(y + D x) · SiLU(gate) of every row, from its site's past."""
-    gated, kept = torch.empty(gate.shape), scan.table(x.shape[1])
-    inputs = (x, dt, True, scan.dt_weight, scan.bias, B, C, scan.rate, scan.D, gate, scan.past, kept, gated)
-    _run("scanned_rows", len(x), _UPDATE * x.numel() * scan.past.shape[2], *inputs)
+    x: Float[Tensor, "tiles tokens d_inner"],
+    dt: Float[Tensor, "tiles tokens dt_rank"],
+    B: Float[Tensor, "tiles tokens d_state"],
+    C: Float[Tensor, "tiles tokens d_state"],
+    gate: Float[Tensor, "tiles n_kept d_inner"],
+) -> Float[Tensor, "tiles n_kept d_inner"]:
+    """(y + D x) · SiLU(gate) of every row, from its past."""
+    gated = torch.empty(gate.shape)
+    inputs = (x, dt, True, scan.dt_weight, scan.bias, B, C, scan.rate, scan.D, gate, scan.past, scan.table, gated)
+    seconds = _UPDATE * x.numel() * scan.past.shape[2]
+    _run("scanned_rows", len(x) * scan.packing.n, seconds, *scan.packing.arrays, *inputs)
     return gated
 
 
 def forked_rows(
     scan: RowScan,
     early: Early | None,
-    states: Float[Tensor, "others d_inner d_state"] | None,
+    states: Float[Tensor, "others n d_inner d_state"] | None,
     base: Early,
-    gate: Float[Tensor, "n n_kept d_inner"],
-    first_gate: Float[Tensor, "some d_inner"] | None = None,
-) -> Float[Tensor, "rows n_kept d_inner"]:
-    """(y + D x) · SiLU(gate) of rows that differ from their site's base row at their first positions alone.
+    gate: Float[Tensor, "1 n_kept d_inner"],
+    first_gate: Float[Tensor, "some n d_inner"] | None = None,
+) -> Float[Tensor, "tiles n_kept d_inner"]:
+    """(y + D x) · SiLU(gate) of rows that differ from their tile's base rows at their first positions alone.
 
-    early: what the first rows take in there. states: after position 0, of the rows that then follow and take in what
-    the base does; with them, `early` is of one position. base: what the base rows take in at all positions, raw.
-    gate: the base rows'. first_gate: the gates of the first rows at position 0, where they are not the base's.
+    early: what the first tiles take in there. states: after position 0, of the tiles that then follow and take in what
+    the base does; with them, `early` is of one position. base: what the base rows take in, [1, tokens, …], raw. gate:
+    the base rows'. first_gate: the gates of the first tiles at position 0, where they are not the base's.
 
-    What a state adds to y is linear in it, so that all rows of a site share the exponentials of later positions.
+    What a state adds to y is linear in it, so that all tiles share the exponentials of later positions.
     """
-    n, length, d_inner = base.x.shape
-    n_rows = sum(0 if some is None else len(some) for some in (early and early.x, states))
+    d_inner = base.x.shape[2]
+    tiles = sum(0 if some is None else len(some) for some in (early and early.x, states))
     nothing = torch.empty(0, 1, 0)
     first = Early(nothing, nothing, nothing, nothing, False) if early is None else early
-    starts = (first.x, first.delta, first.raw, first.B, first.C, nothing if states is None else states)
+    given = torch.empty(0, 1, 1, 0) if states is None else states
     inputs = (base.x, base.delta, scan.dt_weight, scan.bias, base.B, base.C, scan.rate, scan.D, gate)
-    gates = torch.empty(0, d_inner) if first_gate is None else first_gate
-    gated, kept = torch.empty(n_rows, *gate.shape[1:]), scan.table(length)
+    gates = torch.empty(0, 1, d_inner) if first_gate is None else first_gate
+    gated = torch.empty(tiles, *gate.shape[1:])
     groups = -(-d_inner // (LANES * GROUP))
-    seconds = _CARRIED * n_rows * length * d_inner
-    _run("forked_rows", n * groups, seconds, *starts, *inputs, gates, scan.past, kept, gated)
+    seconds = _CARRIED * tiles * base.x.shape[1] * d_inner
+    starts = (first.x, first.delta, first.raw, first.B, first.C, given)
+    arrays = (*scan.packing.arrays, *starts, *inputs, gates, scan.past, scan.table, gated)
+    _run("forked_rows", scan.packing.n * groups, seconds, *arrays)
     return gated
 
 

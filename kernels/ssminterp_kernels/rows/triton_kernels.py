@@ -1,0 +1,219 @@
+"""The stages of `rows` in Triton; what they are given and give back is told in `triton_stages`.
+
+A program works on one row and BLOCK_D channels in the scan, and on tokens × channels in the conv. Tensors [tiles,
+tokens, channels] come as tuples (pointer, stride of the tile, stride of the token); channels are contiguous. Tiles that
+share a tensor have stride 0 there.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from ssminterp_kernels.selective_scan.triton_math import (
+    LOG2E,
+    advance,
+    load_channels,
+    load_wide,
+    sigmoid,
+    step_size,
+    store_wide,
+    tile,
+)
+
+
+@triton.jit(do_not_specialize=["n_own", "n_out", "n_blocks"])
+@no_type_check
+def conv_rows_kernel(
+    own,
+    shared,
+    window,
+    taps,
+    bias,
+    y,
+    starts,
+    rows,
+    positions,
+    n_own,
+    n_out,
+    d_inner,
+    n_blocks,
+    D_CONV: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """y [tiles, n_out, d_inner]. own: of the first n_own tokens of a tile; shared: of the others."""
+    pid = tl.program_id(0)
+    d = (pid % n_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n_times = tl.cdiv(n_out, BLOCK_T)
+    token = ((pid // n_blocks) % n_times) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tile_ = (pid // n_blocks // n_times).to(tl.int64)
+    there = (d < d_inner)[None, :]
+    exists = token < n_out
+    row = tl.load(rows + token, mask=exists, other=0)
+    t = tl.load(positions + token, mask=exists, other=0)
+    total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32) + load_channels(bias, d, d < d_inner)[None, :]
+    for j in tl.static_range(D_CONV):
+        at = t - (D_CONV - 1) + j
+        before = tl.load(starts + at, mask=exists & (at >= 0), other=0) + row
+        is_own = (exists & (at >= 0) & (before < n_own))[:, None] & there
+        is_shared = (exists & (at >= 0) & (before >= n_own))[:, None] & there
+        place = before.to(tl.int64)[:, None]
+        inputs = tl.load(own[0] + tile_ * own[1] + place * own[2] + d[None, :], mask=is_own, other=0.0).to(tl.float32)
+        if shared is not None:
+            inputs += tl.load(shared[0] + place * shared[2] + d[None, :], mask=is_shared, other=0.0).to(tl.float32)
+        earlier = (exists & (at < 0))[:, None] & there
+        place = row.to(tl.int64)[:, None] * window[1] + (D_CONV - 1 + at)[:, None] * window[2]
+        inputs += tl.load(window[0] + place + d[None, :], mask=earlier, other=0.0).to(tl.float32)
+        tap = tl.load(taps[0] + j * taps[1] + d * taps[2], mask=d < d_inner, other=0.0).to(tl.float32)
+        total += tap[None, :] * inputs
+    if SILU:
+        total = total.to(y.dtype.element_ty).to(tl.float32)
+        total *= sigmoid(total)
+    place = (tile_ * n_out + token)[:, None] * d_inner + d[None, :]
+    tl.store(y + place, total, mask=exists[:, None] & there)
+
+
+@triton.jit
+@no_type_check
+def _load_row(x, delta, B, C, tile_, token, d, n, there, n_there):
+    """x, delta, B and C at one token of a tile."""
+    at = token.to(tl.int64)
+    return (
+        tl.load(x[0] + tile_ * x[1] + at * x[2] + d, mask=there, other=0.0),
+        tl.load(delta[0] + tile_ * delta[1] + at * delta[2] + d, mask=there, other=0.0),
+        tl.load(B[0] + tile_ * B[1] + at * B[2] + n, mask=n_there, other=0.0).to(tl.float32),
+        tl.load(C[0] + tile_ * C[1] + at * C[2] + n, mask=n_there, other=0.0).to(tl.float32),
+    )
+
+
+@triton.jit
+@no_type_check
+def _advance_and_write(state, A2, row_values, step, D_row, k, z_at, out_at, d_inner, there):
+    """One update, and where place k is not negative what is read from it, with D and the gate."""
+    x = row_values[0]
+    state = advance(state, A2, step, x, row_values[2])
+    _write(state, x, row_values[3], D_row, k, z_at, out_at, d_inner, there)
+    return state
+
+
+@triton.jit
+@no_type_check
+def _write(state, x, C, D_row, k, z_at, out_at, d_inner, there):
+    if k >= 0:
+        y = tl.sum(state * C[:, None], 0) + D_row * x.to(tl.float32)
+        z = tl.load(z_at, mask=there, other=0.0).to(tl.float32)
+        tl.store(out_at + tl.cast(k, tl.int64) * d_inner, y * (z * sigmoid(z)), mask=there)
+
+
+@triton.jit
+@no_type_check
+def _place(kept, token):
+    return token if kept is None else tl.load(kept + token)
+
+
+@triton.jit(do_not_specialize=["tiles", "reach", "n_first_gates", "n_keep", "n_blocks", "zero"])
+@no_type_check
+def scan_rows_kernel(
+    own,
+    base,
+    A,
+    D,
+    bias,
+    start,
+    gate,
+    first_gate,
+    kept,
+    slots,
+    states,
+    out,
+    starts,
+    lengths,
+    tiles,
+    reach,
+    n_first_gates,
+    n_keep,
+    d_inner,
+    d_state,
+    n_blocks,
+    zero,
+    OWN_RAW: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out [tiles, n_keep, d_inner]; one program per row and BLOCK_D channels.
+
+    own: (x, delta, B, C) at the first `reach` positions; None if `start` is the state after the first one. base: the
+    same at all others, raw; None if there are none. start: the state before each row, (pointer, stride of tile, stride
+    of row). gate: of the tokens that are kept; first_gate: at position 0 in the first n_first_gates tiles. kept: the
+    place of every token, negative where it is not wanted; None means all. slots: the place among `states` of the state
+    after every token of `own`, of a single tile, negative where it is not wanted; None means nowhere.
+    """
+    pid = tl.program_id(0)
+    block = pid % n_blocks
+    one = ((pid // n_blocks) % tiles).to(tl.int64)
+    row = pid // n_blocks // tiles  # the longest rows first
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    there = d < d_inner
+    n_there = n < d_state
+    tile_there = n_there[:, None] & there[None, :]
+    first_state = start[0] + one * start[1] + row.to(tl.int64) * start[2]
+    if WIDE:
+        A2 = load_wide(A, d, d_state, there, BLOCK_N) * LOG2E
+        state = load_wide(first_state, d, d_state, there, BLOCK_N)
+    else:
+        A2 = tl.load(tile(A, d, d_state, n, 1, zero), mask=tile_there, other=0.0) * LOG2E
+        state = tl.load(tile(first_state, d, d_state, n, 1, zero), mask=tile_there, other=0.0)
+    bias_row = load_channels(bias, d, there)
+    D_row = load_channels(D, d, there)
+    length = tl.load(lengths + row)
+    gates = gate[0] + one * gate[1] + d
+    outs = out + one * n_keep * d_inner + d
+    token = row
+    if own is None:
+        values = _load_row(base[0], base[1], base[2], base[3], 0, token, d, n, there, n_there)
+        k = _place(kept, token)
+        z_at = gates + tl.cast(k, tl.int64) * gate[2]
+        _write(state, values[0], values[3], D_row, k, z_at, outs, d_inner, there)
+        forked = 1
+    else:
+        forked = tl.minimum(reach, length)
+        upcoming = _load_row(own[0], own[1], own[2], own[3], one, token, d, n, there, n_there)
+        for t in tl.range(0, forked):
+            values = upcoming
+            slot = -1 if slots is None else tl.load(slots + token)
+            k = _place(kept, token)
+            z_at = gates + tl.cast(k, tl.int64) * gate[2]
+            if first_gate is not None:
+                ahead = first_gate[0] + one * first_gate[1] + row.to(tl.int64) * first_gate[2] + d
+                z_at = tl.where((t == 0) & (one < n_first_gates), ahead, z_at)
+            token = tl.load(starts + tl.minimum(t + 1, forked - 1)) + row
+            upcoming = _load_row(own[0], own[1], own[2], own[3], one, token, d, n, there, n_there)
+            if OWN_RAW:
+                step = step_size(values[1], bias_row, True)
+            else:
+                step = values[1].to(tl.float32)
+            state = _advance_and_write(state, A2, values, step, D_row, k, z_at, outs, d_inner, there)
+            if slots is not None:
+                if slot >= 0:
+                    state_at = states + tl.cast(slot, tl.int64) * d_inner * d_state
+                    if WIDE:
+                        store_wide(state_at, d, d_state, state, there)
+                    else:
+                        tl.store(state_at + d[None, :] * d_state + n[:, None], state, mask=tile_there)
+    if base is not None:
+        token = tl.load(starts + tl.minimum(forked, length - 1)) + row
+        upcoming = _load_row(base[0], base[1], base[2], base[3], 0, token, d, n, there, n_there)
+        for t in tl.range(forked, length):
+            values = upcoming
+            k = _place(kept, token)
+            z_at = gates + tl.cast(k, tl.int64) * gate[2]
+            token = tl.load(starts + tl.minimum(t + 1, length - 1)) + row
+            upcoming = _load_row(base[0], base[1], base[2], base[3], 0, token, d, n, there, n_there)
+            step = step_size(values[1], bias_row, True)
+            state = _advance_and_write(state, A2, values, step, D_row, k, z_at, outs, d_inner, there)

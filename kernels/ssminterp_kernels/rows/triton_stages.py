@@ -1,0 +1,148 @@
+"""Launches the Triton kernels of `rows`: the same stages on a GPU, in float32 and half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ssminterp_kernels.backends import on_device_of
+from ssminterp_kernels.rows.mixer_stages import Early
+from ssminterp_kernels.rows.packing import Packing
+from ssminterp_kernels.rows.triton_kernels import conv_rows_kernel, scan_rows_kernel
+
+_BLOCK_D, _WARPS = 64, 2
+
+
+class TritonScan(NamedTuple):
+    """What the scans of a layer's rows have in common. Δ = softplus(delta + bias); past: the states before the rows.
+
+    kept: the tokens of a tile, ascending, whose output is wanted; None means all.
+    """
+
+    packing: Packing
+    A: Float[Tensor, "d_inner d_state"]
+    D: Float[Tensor, " d_inner"]
+    bias: Float[Tensor, " d_inner"] | None
+    past: Float[Tensor, "n d_inner d_state"]
+    kept: Sequence[int] | None
+
+    @property
+    def table(self) -> Tensor | None:
+        """The place of every token among those that are kept, or -1; None if all are."""
+        if self.kept is None:
+            return None
+        places = torch.full((self.packing.tokens,), -1, dtype=torch.int32)
+        places[list(self.kept)] = torch.arange(len(self.kept), dtype=torch.int32)
+        return places.to(self.past.device, non_blocking=True)
+
+
+class Recorded(NamedTuple):
+    """Where a scan writes states: `slots` has the place of the state after every token, or -1."""
+
+    slots: Int[Tensor, " tokens"]
+    states: Float[Tensor, "m d_inner d_state"]
+
+
+def conv_rows(
+    packing: Packing,
+    own: Float[Tensor, "tiles some d_inner"],
+    shared: Float[Tensor, "1 others d_inner"] | None,
+    n_out: int,
+    window: Float[Tensor, "n n_before d_inner"],
+    taps: Float[Tensor, "d_conv d_inner"],
+    bias: Float[Tensor, " d_inner"] | None,
+    silu: bool,
+) -> Float[Tensor, "tiles n_out d_inner"]:
+    """The causal depthwise conv at the first n_out tokens, with SiLU if asked.
+
+    own: the inputs at the first tokens. shared: those of all tokens, of which the ones behind are taken, for all tiles.
+    window: the d_conv - 1 inputs before each row. taps: oldest first.
+    """
+    tiles, n_own, d_inner = own.shape
+    y = torch.empty(tiles, n_out, d_inner, dtype=own.dtype, device=own.device)
+    starts, _, rows, positions = packing.on(own.device)
+    block_t, block_d = 16, min(64, max(32, _power_of_2(d_inner)))
+    n_blocks = -(-d_inner // block_d)
+    with on_device_of(own):
+        conv_rows_kernel[(tiles * -(-n_out // block_t) * n_blocks,)](
+            *(_tiled(own), _tiled(shared), (window, *window.stride()), (taps, *taps.stride())),
+            *(None if bias is None else (bias, bias.stride(0)), y, starts, rows, positions),
+            *(n_own, n_out, d_inner, n_blocks),
+            D_CONV=len(taps),
+            SILU=silu,
+            BLOCK_T=block_t,
+            BLOCK_D=block_d,
+        )
+    return y
+
+
+def scan_rows(
+    scan: TritonScan,
+    own: Early | None,
+    states: Float[Tensor, "tiles n d_inner d_state"] | None,
+    base: Early | None,
+    gate: Float[Tensor, "tiles_or_1 n_kept d_inner"],
+    first_gate: Float[Tensor, "some n d_inner"] | None = None,
+    out: Float[Tensor, "tiles n_kept d_inner"] | None = None,
+    record: Recorded | None = None,
+) -> Float[Tensor, "tiles n_kept d_inner"]:
+    """(y + D x) · SiLU(gate) of rows, from their pasts, or from what their states are after position 0.
+
+    own: what rows take in at their first positions, [tiles, tokens, …], or `states` in its place. base: what they take
+    in at the others, [1, tokens, …], raw. gate: of the tokens that are kept, one for all tiles or of each. first_gate:
+    the gates of the first tiles at position 0. out: where to write. record: which states of `own` to write where, of a
+    single tile.
+    """
+    packing, past = scan.packing, scan.past
+    some = own.x if own is not None else states
+    assert some is not None
+    tiles, d_inner, d_state = len(some), *past.shape[1:]
+    if out is None:
+        out = torch.empty(tiles, gate.shape[1], d_inner, dtype=gate.dtype, device=gate.device)
+    starts, lengths, _, _ = packing.on(past.device)
+    if states is not None and states.stride()[2:] != (d_state, 1):
+        states = states.contiguous()
+    before = (past, 0, past.stride(0)) if states is None else (states, states.stride(0), states.stride(1))
+    reach = packing.reach_of(own.x.shape[1]) if own is not None else 1
+    n_blocks = -(-d_inner // _BLOCK_D)
+    block_n = _power_of_2(d_state)
+    with on_device_of(past):
+        scan_rows_kernel[(tiles * packing.n * n_blocks,)](
+            *(_inputs(own), _inputs(base), scan.A, (scan.D, scan.D.stride(0))),
+            *(
+                None if scan.bias is None else (scan.bias, scan.bias.stride(0)),
+                before,
+                _tiled(gate),
+                _tiled(first_gate),
+            ),
+            *(scan.table, *(record or (None, None))),
+            *(out, starts, lengths, tiles, reach, 0 if first_gate is None else len(first_gate)),
+            *(gate.shape[1], d_inner, d_state, n_blocks, 0),
+            OWN_RAW=own is not None and own.raw,
+            WIDE=d_state == block_n and d_state >= 4,
+            BLOCK_N=block_n,
+            BLOCK_D=_BLOCK_D,
+            num_warps=_WARPS,
+        )
+    return out
+
+
+def _tiled(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """A tensor [tiles, tokens, channels] as the kernels take it; one tile serves all."""
+    if tensor is None:
+        return None
+    if tensor.stride(2) != 1:
+        tensor = tensor.contiguous()
+    return tensor, 0 if len(tensor) == 1 else tensor.stride(0), tensor.stride(1)
+
+
+def _inputs(inputs: Early | None) -> tuple[tuple[Any, ...] | None, ...] | None:
+    return None if inputs is None else tuple(_tiled(tensor) for tensor in inputs[:4])
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,170 @@
+"""Values of hooks at places of whole runs on a GPU, by the stages of the layers.
+
+What recorders do, in a third of the launches: where few prompts go through a deep model, launching takes the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ssminterp.models import HookedMamba
+from ssminterp.patching.sites import Places, Wanted
+from ssminterp.patching.stages import Past, ScanInputs, every_A
+from ssminterp.patching.triton_stages import TritonStages
+from ssminterp_kernels.rows import Packing
+
+
+class _At(NamedTuple):
+    """Places among the tokens of runs, on a device: tokens [m], and where there are none, [m, 1]."""
+
+    tokens: Tensor
+    missing: Tensor | None
+
+    @staticmethod
+    def of(places: Places, n_runs: int, device: torch.device) -> _At:
+        absent = places.positions < 0
+        tokens = torch.where(absent, 0, places.positions * n_runs + places.rows)
+        missing = absent[:, None].to(device, non_blocking=True) if absent.any() else None
+        return _At(tokens.to(device, non_blocking=True), missing)
+
+    def of_tokens(
+        self, values: Float[Tensor, "1 tokens width"], stage: Callable[[Tensor], Tensor] | None = None
+    ) -> Float[Tensor, "m width_then"]:
+        """The tokens' values, or what a stage makes of them."""
+        found = values[0].index_select(0, self.tokens)
+        found = found if stage is None else stage(found)
+        return found if self.missing is None else found.masked_fill_(self.missing, 0)
+
+
+class _States:
+    """The states that a layer's scan writes: a slot for each one wanted, those at negative positions being zeros."""
+
+    def __init__(self, wanted: Sequence[Places], n_runs: int, n_tokens: int, device: torch.device) -> None:
+        rows, positions = (torch.cat([getattr(places, name) for places in wanted]) for name in ("rows", "positions"))
+        tokens = torch.where(positions < 0, -1, positions * n_runs + rows)
+        unique, slot = tokens.unique(return_inverse=True)
+        # In the order of the first places that want them, so that most are given as a view.
+        first = torch.full((len(unique),), len(tokens)).scatter_reduce(0, slot, torch.arange(len(tokens)), "amin")
+        order = first.argsort()
+        unique, slot = unique[order], order.argsort()[slot]
+        self.zero = (unique < 0).nonzero()[:, 0].tolist()
+        self.n = len(unique)
+        table = torch.full((n_tokens,), -1, dtype=torch.int32)
+        table[unique[unique >= 0]] = (unique >= 0).nonzero()[:, 0].int()
+        self.slots = table.to(device, non_blocking=True)
+        self._places = [_view_or_index(part, device) for part in slot.split([len(places.rows) for places in wanted])]
+
+    def empty(self, d_inner: int, d_state: int) -> Float[Tensor, "slots d_inner d_state"]:
+        states = torch.empty(self.n, d_inner, d_state, device=self.slots.device)
+        for slot in self.zero:
+            states[slot].zero_()
+        return states
+
+    def given(self, states: Float[Tensor, "slots d_inner d_state"]) -> list[Tensor]:
+        """What was written, for each of `wanted`."""
+        return [states[at] for at in self._places]
+
+
+def _view_or_index(slots: Int[Tensor, " m"], device: torch.device) -> slice | Tensor:
+    first = int(slots[0])
+    if torch.equal(slots, torch.arange(first, first + len(slots))):
+        return slice(first, first + len(slots))
+    return slots.to(device, non_blocking=True)
+
+
+def values_by_stages(
+    model: HookedMamba, tokens: Int[Tensor, "runs pos"], wanted: Sequence[Wanted]
+) -> list[Float[Tensor, "m *features"]]:
+    """The values wanted, from one run over all tokens at once. No logits are computed."""
+    runs = _Runs(model, tokens)
+    by_layer: dict[int, list[int]] = {}
+    for i, (point, _) in enumerate(wanted):
+        assert point.layer is not None
+        by_layer.setdefault(point.layer, []).append(i)
+    found: dict[int, Tensor] = {}
+    for layer in range(1 + max(by_layer)):
+        here = by_layer.get(layer, [])
+        found.update(zip(here, runs.through(layer, [wanted[i] for i in here]), strict=True))
+    return [found[i] for i in range(len(wanted))]
+
+
+class _Runs:
+    """Whole runs on their way through the layers: the rows of a single tile."""
+
+    def __init__(self, model: HookedMamba, tokens: Int[Tensor, "runs pos"]) -> None:
+        self.model = model
+        self.packing = Packing([tokens.shape[1]] * len(tokens))
+        embedded = model.lm.get_input_embeddings()(tokens.T.flatten())[None]
+        self.hidden = embedded.float() if model.lm.config.residual_in_fp32 else embedded
+        self._at: dict[tuple[int, torch.device], _At] = {}
+        self._states: dict[tuple[tuple[int, ...], torch.device], _States] = {}
+        self._pasts: dict[torch.device, Past] = {}
+        self._A = every_A(model)
+
+    def through(self, layer: int, wanted: Sequence[Wanted]) -> list[Tensor]:
+        """Bring the runs behind a layer; the values wanted there."""
+        block = self.model.blocks[layer]
+        device = block.mixer.conv1d.weight.device
+        self.hidden = self.hidden.to(device)
+        stages = TritonStages(block, self._past(device), self.packing, self._A[layer])
+        mixer_in = stages.normed(self.hidden)
+        in_x, gate = stages.projected(mixer_in)
+        inputs = stages.scan_inputs(stages.activated(in_x))
+        gated, states = self._scanned(stages, inputs, gate, wanted)
+        held = {"resid_pre": self.hidden, "mixer_in": mixer_in, "in_x": in_x, "gate": gate, "x": inputs.x}
+        held |= {"B": inputs.B, "C": inputs.C, "gated": gated}
+
+        def value(short: str, at: _At) -> Tensor:
+            if short == "delta":
+                return at.of_tokens(inputs.delta, stages.delta)
+            if short == "conv":
+                return at.of_tokens(stages.conv(in_x))
+            if short == "mixer_out":
+                return at.of_tokens(gated, stages.out)
+            return at.of_tokens(held[short])
+
+        found: list[Tensor | None] = []
+        for point, places in wanted:
+            short = point.spec.short
+            if short == "state":
+                found.append(states.pop(0))
+            else:
+                found.append(None if short == "resid_post" else value(short, self._places(places, device)))
+        stages.added_out(self.hidden, gated)
+        return [
+            self._places(w.places, device).of_tokens(self.hidden) if values is None else values
+            for w, values in zip(wanted, found, strict=True)
+        ]
+
+    def _scanned(
+        self, stages: TritonStages, inputs: ScanInputs, gate: Tensor, wanted: Sequence[Wanted]
+    ) -> tuple[Float[Tensor, "1 tokens d_inner"], list[Tensor]]:
+        """The mixer's gated output, and the states wanted."""
+        places = [w.places for w in wanted if w.point.spec.short == "state"]
+        if not places:
+            return stages.gated(inputs, gate), []
+        key = tuple(id(one) for one in places), gate.device
+        if key not in self._states:
+            self._states[key] = _States(places, self.packing.n, self.packing.tokens, gate.device)
+        record = self._states[key]
+        states = record.empty(stages.mixer.d_inner, stages.mixer.d_state)
+        return stages.gated_and_recorded(inputs, gate, record.slots, states), record.given(states)
+
+    def _places(self, places: Places, device: torch.device) -> _At:
+        key = id(places), device
+        if key not in self._at:
+            self._at[key] = _At.of(places, self.packing.n, device)
+        return self._at[key]
+
+    def _past(self, device: torch.device) -> Past:
+        """Of runs that have none."""
+        if device not in self._pasts:
+            cfg, n = self.model.cfg, self.packing.n
+            window = torch.zeros(n, cfg.d_conv - 1, cfg.d_inner, dtype=cfg.dtype, device=device)
+            self._pasts[device] = Past(window, torch.zeros(n, cfg.d_inner, cfg.d_state, device=device))
+        return self._pasts[device]

@@ -1,0 +1,92 @@
+"""`Stages` on a GPU, by the Triton kernels of `ssminterp_kernels.rows`."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ssminterp.patching.stages import ScanInputs, Stages, is_plain, product
+from ssminterp_kernels import rows
+from ssminterp_kernels.causal_conv import Activation
+from ssminterp_kernels.rows.triton_stages import Recorded, TritonScan, conv_rows, scan_rows
+
+
+class TritonStages(Stages):
+    """The same stages in few launches, of which each takes the CPU about as long as a small one takes the GPU."""
+
+    def _conv(self, in_x: Float[Tensor, "tiles some_tokens d_inner"], activation: Activation) -> Tensor:
+        return self._conv_of(in_x, None, in_x.shape[1], activation)
+
+    def _conv_of(self, own: Tensor, shared: Tensor | None, tokens: int, activation: Activation) -> Tensor:
+        inputs = (own, shared, tokens, self.past.window, self.taps, self.conv_bias)
+        return conv_rows(self.packing, *inputs, silu=activation == "silu")
+
+    def activated_early(
+        self, first: Float[Tensor, "tiles n d_inner"], base: Float[Tensor, "1 tokens d_inner"]
+    ) -> Float[Tensor, "tiles some_tokens d_inner"]:
+        if not self.has_silu:
+            return self.mixer.act(self._conv_of(first, base, self.reach, None))
+        return self._conv_of(first, base, self.reach, "silu")
+
+    def scan_inputs(self, x: Float[Tensor, "tiles some_tokens d_inner"]) -> ScanInputs:
+        dt, B, C = self.parts(x)
+        module: Any = self.mixer.dt_proj
+        if not is_plain(module):
+            return ScanInputs(x, module(dt), B, C, raw=True)
+        # As a matrix, which needs no copy of dt.
+        return ScanInputs(x, product(dt.flatten(0, 1), module.weight).unflatten(0, dt.shape[:2]), B, C, raw=True)
+
+    def gated(
+        self, inputs: ScanInputs, gate: Float[Tensor, "tiles n_keep d_inner"]
+    ) -> Float[Tensor, "tiles n_keep d_inner"]:
+        return scan_rows(self._triton_scan, rows.Early(*inputs), None, None, gate)
+
+    def gated_and_recorded(
+        self,
+        inputs: ScanInputs,
+        gate: Float[Tensor, "1 tokens d_inner"],
+        slots: Int[Tensor, " tokens"],
+        states: Float[Tensor, "m d_inner d_state"],
+    ) -> Float[Tensor, "1 tokens d_inner"]:
+        """`gated` of a single tile; the state after every token is written to its slot, where that is not negative."""
+        record = Recorded(slots, states)
+        return scan_rows(self._triton_scan, rows.Early(*inputs), None, None, gate, record=record)
+
+    def rejoined(
+        self,
+        early: ScanInputs,
+        first_gate: Float[Tensor, "some n d_inner"] | None,
+        base: ScanInputs,
+        gate: Float[Tensor, "1 n_keep d_inner"],
+    ) -> Float[Tensor, "tiles n_keep d_inner"]:
+        return scan_rows(self._triton_scan, rows.Early(*early), None, rows.Early(*base), gate, first_gate)
+
+    def carried(
+        self,
+        step: ScanInputs | None,
+        states: Float[Tensor, "some n d_inner d_state"] | None,
+        base: ScanInputs,
+        gate: Float[Tensor, "1 n_keep d_inner"],
+    ) -> Float[Tensor, "tiles n_keep d_inner"]:
+        n_steps, n_states = (0 if some is None else len(some) for some in (step and step.x, states))
+        gated = gate.new_empty(n_steps + n_states, *gate.shape[1:])
+        if step is not None:
+            scan_rows(self._triton_scan, rows.Early(*step), None, rows.Early(*base), gate, out=gated[:n_steps])
+        if states is not None:
+            scan_rows(self._triton_scan, None, states, rows.Early(*base), gate, out=gated[n_steps:])
+        return gated
+
+    def added_out(self, resid: Float[Tensor, "*tokens d_model"], gated: Float[Tensor, "*tokens d_inner"]) -> None:
+        module: Any = self.mixer.out_proj
+        if is_plain(module) and module.bias is None and resid.dtype == gated.dtype == torch.float32:
+            resid.flatten(0, -2).addmm_(gated.flatten(0, -2), module.weight.T)
+        else:
+            super().added_out(resid, gated)
+
+    @cached_property
+    def _triton_scan(self) -> TritonScan:
+        return TritonScan(self.packing, self.A, self.given_D, self.given_dt_bias, self.past.state, self.keep)
