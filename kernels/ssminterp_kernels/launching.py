@@ -89,6 +89,13 @@ def repeated(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
     return cast("Callable[Arguments, Result]", wrapper)
 
 
+@functools.lru_cache(maxsize=64)
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One zero, expanded; kept, because to fill it is a launch."""
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=dtype, device=device).expand(shape)
+
+
 _UNKNOWN: Final[Any] = object()
 
 

@@ -70,7 +70,7 @@ class ScanArguments(NamedTuple):
         return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
-def check_arguments(arguments: ScanArguments) -> ScanArguments:
+def check_arguments(arguments: ScanArguments, groups_axis: bool = True) -> ScanArguments:
     """The arguments in the form that backends expect (see `ScanArguments`).
 
     Raises ValueError, naming the argument, what was received and what was expected, for shapes that do not agree,
@@ -84,7 +84,8 @@ def check_arguments(arguments: ScanArguments) -> ScanArguments:
     states = _checked_states(arguments.states, x.shape[1])
     _check_states_dtype(arguments)
     edits = _checked_edits(arguments.edits, x, A.shape[1])
-    return with_groups_axis(arguments)._replace(states=states, edits=edits)
+    arguments = arguments._replace(states=states, edits=edits)
+    return with_groups_axis(arguments) if groups_axis else arguments
 
 
 def with_groups_axis(arguments: ScanArguments) -> ScanArguments:

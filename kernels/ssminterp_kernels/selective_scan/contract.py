@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ssminterp_kernels.backends import on_device_of
 from ssminterp_kernels.checks import once_per_layout
+from ssminterp_kernels.launching import can_be_repeated, repeated, zeros
 from ssminterp_kernels.selective_scan.adjoint import adjoint_states
 from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments, with_groups_axis
 from ssminterp_kernels.selective_scan.interface import Backend, choose_backend, selective_scan
@@ -54,19 +55,34 @@ def contract_with_adjoint(
 
     Raises ValueError as `selective_scan` does.
     """
-    _check(*a, *b, dy, A, C, z, delta_bias, dfinal_state)
-    runs = tuple(
+    if dfinal_state is None:
+        dfinal_state = zeros((dy.shape[0], *A.shape), torch.promote_types(dy.dtype, torch.float32), dy.device)
+    arguments = (*a, *b, dy, A, C, z, delta_bias, dfinal_state, delta_softplus, sum_d_inner, backend)
+    found = _contract_again(*arguments) if can_be_repeated(dy) else _contract(*arguments)
+    return found.sum(-1) if found.dim() == 3 and sum_d_inner else found
+
+
+def _contract(*arguments: Any) -> Tensor:
+    """The contraction; of a sum over d_inner, perhaps the parts [batch, pos, n_parts]."""
+    *tensors, delta_softplus, sum_d_inner, backend = arguments
+    _check(*tensors)
+    a, b = ScanRun(*tensors[:4]), ScanRun(*tensors[4:8])
+    dy, A, C, z, delta_bias, dfinal_state = tensors[8:]
+    run_a, run_b = (
         with_groups_axis(
             ScanArguments(run.x, run.delta, A, run.B, C, None, z, delta_bias, delta_softplus, run.initial_state)
         )
         for run in (a, b)
     )
-    if choose_backend(runs[1], backend) == "triton":
+    if choose_backend(run_b, backend) == "triton":
         from ssminterp_kernels.selective_scan.triton_contract import triton_contract
 
         with on_device_of(dy):
-            return triton_contract(runs[0], runs[1], dy, dfinal_state, sum_d_inner)
-    return _torch_contract(runs[0], runs[1], dy, dfinal_state, sum_d_inner)
+            return triton_contract(run_a, run_b, dy, dfinal_state, sum_d_inner)
+    return _torch_contract(run_a, run_b, dy, dfinal_state, sum_d_inner)
+
+
+_contract_again = repeated(_contract)
 
 
 @once_per_layout
@@ -79,7 +95,7 @@ def _check(*tensors: Any) -> None:
 
 
 def _torch_contract(
-    a: ScanArguments, b: ScanArguments, dy: Tensor, dfinal_state: Tensor | None, sum_d_inner: bool
+    a: ScanArguments, b: ScanArguments, dy: Tensor, dfinal_state: Tensor, sum_d_inner: bool
 ) -> Float[Tensor, "batch pos *d_inner"]:
     """Stretch by stretch of positions: states forwards from the state before it, adjoints backwards from after it."""
     length = dy.shape[1]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssminterp_kernels.backends import check_triton_suits, on_device_of, takes_triton
 from ssminterp_kernels.launching import can_be_repeated, repeated
-from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
+from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments, with_groups_axis
 from ssminterp_kernels.selective_scan.edits import StateEdits
 from ssminterp_kernels.selective_scan.torch_scan import torch_scan
 
@@ -89,7 +89,7 @@ def _final_state_alone(*arguments: Any) -> tuple[Tensor, None, Tensor]:
 
 
 def _scan(arguments: ScanArguments, backend: Backend) -> ScanOutput:
-    arguments = check_arguments(arguments)
+    arguments = check_arguments(arguments, groups_axis=False)
     chosen = choose_backend(arguments, backend)
     # Imported on first use: Triton is not installed everywhere, and to load what numba compiled takes a moment.
     if chosen == "triton":
@@ -97,6 +97,7 @@ def _scan(arguments: ScanArguments, backend: Backend) -> ScanOutput:
 
         with on_device_of(arguments.x):
             return ScanOutput(*triton_scan(arguments))
+    arguments = with_groups_axis(arguments)
     if chosen == "numba":
         from ssminterp_kernels.selective_scan.numba_scan import numba_scan
 

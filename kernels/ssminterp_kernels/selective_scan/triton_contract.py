@@ -39,7 +39,6 @@ from ssminterp_kernels.selective_scan.triton_scan import (
     strided,
     strided_state,
     strides_of_pos,
-    zero,
 )
 
 BLOCK_T = 2  # positions whose differences of states are held in registers; more of them spill
@@ -186,19 +185,17 @@ def contract_kernel(
 
 
 def triton_contract(
-    a: ScanArguments, b: ScanArguments, dy: Tensor, dfinal_state: Tensor | None, sum_d_inner: bool
+    a: ScanArguments, b: ScanArguments, dy: Tensor, dfinal_state: Tensor, sum_d_inner: bool
 ) -> Float[Tensor, "batch pos *d_inner"]:
-    """As `contract_with_adjoint`; takes arguments from `check_arguments`."""
+    """As `contract_with_adjoint`; of a sum over d_inner the parts [batch, pos, n_parts]. Takes arguments from
+    `check_arguments`."""
     run_a, run_b = scan_tensors(a), scan_tensors(b)
     # A short sequence has one segment only, which begins with the initial state.
     begin_a, begin_b = (
         scan_forward(run._replace(z=None), save=True)[3] if dy.shape[1] > SEGMENT else None for run in (run_a, run_b)
     )
-    if dfinal_state is None:
-        dfinal_state = zero(torch.float32, dy.device).expand(dy.shape[0], *run_b.A.shape)
     of_a = (run_a.x, run_a.delta, run_a.B, run_a.initial_state)
-    out = _contract(*of_a, begin_a, begin_b, dy, dfinal_state, sum_d_inner, *run_b)
-    return out.sum(-1) if sum_d_inner else out
+    return _contract(*of_a, begin_a, begin_b, dy, dfinal_state, sum_d_inner, *run_b)
 
 
 @repeated

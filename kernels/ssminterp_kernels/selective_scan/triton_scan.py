@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ssminterp_kernels.launching import launch, repeated
+from ssminterp_kernels.launching import launch, repeated, zeros
 from ssminterp_kernels.selective_scan.arguments import ScanArguments
 from ssminterp_kernels.selective_scan.triton_adjoint import scan_adjoint_kernel
 from ssminterp_kernels.selective_scan.triton_backward import scan_backward_kernel, sum_parts_kernel
@@ -30,8 +30,9 @@ BLOCK_T = 4  # positions whose states the backward pass holds in shared memory
 class ScanTensors(NamedTuple):
     """The tensors of a scan as the kernels take them.
 
-    B, C: [batch, pos, n_groups, d_state]; edits: int64 positions [batch or 1, n_edits]; keep, add: [batch, n_edits,
-    d_inner, d_state], expanded; recorded: int64 positions [n_recorded]; states_dtype: that of recorded states.
+    B, C: [batch, pos, d_state] or [batch, pos, n_groups, d_state]; edits: int64 positions [batch or 1, n_edits]; keep,
+    add: [batch, n_edits, d_inner, d_state], expanded; recorded: int64 positions [n_recorded]; states_dtype: that of
+    recorded states.
     """
 
     x: Tensor
@@ -59,7 +60,8 @@ def triton_scan(
     Float[Tensor, "batch n_positions d_inner d_state"] | None,
     Float[Tensor, "batch d_inner d_state"],
 ]:
-    """y, the states asked for (None if none are) and the final state; takes arguments from `check_arguments`."""
+    """y, the states asked for (None if none are) and the final state; takes arguments from `check_arguments`, with or
+    without an axis of groups."""
     tensors = scan_tensors(arguments)
     if torch.compiler.is_compiling():
         # Imported here because the operators are built on this module.
@@ -202,7 +204,7 @@ def scan_forward(s: ScanTensors, save: bool) -> tuple[Tensor, Tensor | None, Ten
 @repeated
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     *fields, save = arguments
-    s = ScanTensors(*fields)
+    s = _grouped(ScanTensors(*fields))
     batch, length, _ = s.x.shape
     d_state = s.A.shape[1]
     plan = forward_plan(s)
@@ -267,6 +269,12 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
     return y, states, final_state, boundaries
 
 
+def _grouped(s: ScanTensors) -> ScanTensors:
+    """With an axis of groups in B and C. Autograd is not asked to follow, whose bookkeeping would cost more."""
+    B, C = (weights.unsqueeze(2) if weights.dim() == 3 else weights for weights in (s.B, s.C))
+    return s._replace(B=B, C=C)
+
+
 def scan_backward(
     s: ScanTensors,
     boundaries: Tensor | None,
@@ -279,11 +287,10 @@ def scan_backward(
 
     of_channels: whether those of A, D and bias are wanted, which are sums over batch and pos.
     """
-    batch, _, d_inner = s.x.shape
     if dy is None:
-        dy = zero(s.x.dtype, s.x.device).expand(s.x.shape)
+        dy = zeros(s.x.shape, s.x.dtype, s.x.device)
     if dfinal is None:
-        dfinal = zero(torch.float32, s.x.device).expand(batch, d_inner, s.A.shape[1])
+        dfinal = zeros((s.x.shape[0], *s.A.shape), torch.float32, s.x.device)
     gradients = dict(zip(_GRADIENTS, _backward(*s, boundaries, dy, dstates, dfinal, of_channels), strict=True))
     for name in ("A", "C", "D", "bias"):
         gradient, tensor = gradients[name], getattr(s, name)
@@ -296,17 +303,11 @@ def scan_backward(
 _GRADIENTS = ("x", "delta", "A", "B", "C", "D", "bias", "z", "initial_state", "keep", "add")
 
 
-@functools.lru_cache(maxsize=64)
-def zero(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A zero to be expanded; kept, because to fill it is a launch."""
-    with torch.inference_mode(False):
-        return torch.zeros((), dtype=dtype, device=device)
-
-
 @repeated
 def _backward(*arguments: Any) -> tuple[Tensor | None, ...]:
     *fields, boundaries, dy, dstates, dfinal, of_channels = arguments
-    s = ScanTensors(*fields)
+    given = ScanTensors(*fields)
+    s = _grouped(given)
     batch, length, d_inner = s.x.shape
     d_state, n_groups = s.A.shape[1], s.B.shape[2]
     plan = backward_plan(s)
@@ -358,14 +359,14 @@ def _backward(*arguments: Any) -> tuple[Tensor | None, ...]:
         maxnreg=plan.max_registers,
     )
     dBC = sum_parts(dweights, 2 * batch * length * n_groups, plan.n_blocks // n_groups, d_state, s.B.dtype)
-    dBC = dBC.view(2, batch, length, n_groups, d_state)
+    dB, dC = dBC.view(2, batch, length, n_groups, d_state)
     dA = dD = dbias = None
     if of_channels:
         sums = sum_parts(dchannels, 1, batch * plan.n_chunks, (d_state + 2) * d_inner, torch.float32)
         dA, dD, dbias = sums.view(-1).split((d_inner * d_state, d_inner, d_inner))
         dA = dA.view(d_inner, d_state)
         dD, dbias = None if s.D is None else dD, None if s.bias is None else dbias
-    return dx, ddelta, dA, dBC[0], dBC[1], dD, dbias, dz, dstart, dkeep, dadd
+    return dx, ddelta, dA, dB.view(given.B.shape), dC.view(given.C.shape), dD, dbias, dz, dstart, dkeep, dadd
 
 
 def triton_adjoints(arguments: ScanArguments) -> Float[Tensor, "batch n_positions d_inner d_state"]:
@@ -455,7 +456,6 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dstates: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
         *saved, boundaries = ctx.saved_tensors
         s = ScanTensors(*saved, *ctx.flags)
-        fields = dict(zip(ScanTensors._fields, ctx.needs_input_grad, strict=True))
-        of_channels = fields["A"] or fields["D"] or fields["bias"]
+        of_channels = any(ctx.needs_input_grad[ScanTensors._fields.index(name)] for name in ("A", "D", "bias"))
         gradients = scan_backward(s, boundaries, dy, dstates, dfinal, of_channels)
         return tuple(gradients.get(name) for name in ScanTensors._fields)
