@@ -95,12 +95,12 @@ class HookPoint(nn.Module):
     @property
     def is_listened_to(self) -> bool:
         """Whether anything would see the tensor: functions, recorders, torch's own hooks or an nnsight trace."""
-        return self.has_listeners()
+        return not self.is_idle and self.has_listeners()
 
     def has_listeners(self) -> bool:
-        """What `is_listened_to` says; kinds of hook points that have more to ask extend it."""
+        """What `is_listened_to` says where it is not idle."""
         # Lengths, because Dynamo of torch 2.11 cannot look into bool(list).
-        return not self.is_idle and (len(self.recorders) > 0 or self.is_read_from_outside or len(self.acting) > 0)
+        return len(self.recorders) > 0 or self.is_read_from_outside or len(self.acting) > 0
 
     @property
     def is_idle(self) -> bool:

@@ -14,7 +14,8 @@ from transformers.utils import ModelOutput
 
 from ssminterp.models.hook_names import BLOCK_HOOKS, MODEL_HOOKS
 from ssminterp.models.hook_points import HookPoint, HookSpec
-from ssminterp.models.mixers import MIXERS
+from ssminterp.models.mixers import MIXERS, HookedMambaMixer
+from ssminterp.models.mixers.state_matrices import StateMatricesBefore, forget_state_matrices
 from ssminterp.models.norm import REPLACES, FusedRMSNorm
 
 Taken = TypeVar("Taken", bound=nn.Module)
@@ -77,6 +78,8 @@ def install_hooks(hf_model: PreTrainedModel) -> tuple[dict[str, HookPoint], Exit
         _take_over_norm(backbone, "norm_f", undo)
         _add_hook_points(hf_model, MODEL_HOOKS, None, undo)
         for handle in (
+            backbone.register_forward_pre_hook(StateMatricesBefore(HookedMambaMixer)),
+            backbone.register_forward_hook(forget_state_matrices, always_call=True),
             backbone.embeddings.register_forward_hook(_Output(hf_model.hook_embed)),
             backbone.norm_f.register_forward_hook(_Output(hf_model.hook_final_norm)),
             hf_model.register_forward_hook(_Logits(hf_model.hook_logits)),

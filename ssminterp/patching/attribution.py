@@ -171,9 +171,11 @@ def _recording(task: _Task, layers: Sequence[int]) -> Recording:
 def _states_by_scan(task: _Task) -> bool:
     """Whether the states' attributions are contracted in a kernel, on CUDA, where what that saves is worth it.
 
-    Their adjoints must then be those of the base run, as they are without integrated gradients.
+    Their adjoints must then be those of the base run, as they are without integrated gradients. Who asks for A_bar and
+    B_bar as well gets trajectories anyway.
     """
-    asked = any(spec.short == "state" for spec in task.sweep.specs)
+    shorts = {spec.short for spec in task.sweep.specs}
+    asked = "state" in shorts and shorts.isdisjoint({"A_bar", "B_bar"})
     on_gpu = task.sweep.model.device.type == "cuda"
     return asked and on_gpu and task.by != "state" and task.steps is None and scan_suffices(task.sweep.model)
 

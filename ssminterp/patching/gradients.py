@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssminterp.models import HookedMamba, HookPoint
 from ssminterp.models.hook_points import Recorder, Registered, attached
@@ -211,7 +211,7 @@ def _expanded_zero(shape: Sequence[int], dtype: torch.dtype, device: torch.devic
 @contextmanager
 def _frozen(model: HookedMamba) -> Iterator[None]:
     """A context in which no parameter requires a gradient, so that no graph is kept for them."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in _parameters(model) if parameter.requires_grad]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -219,3 +219,13 @@ def _frozen(model: HookedMamba) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a module and all modules in it. Of a thousand hook points, nn.Module's own way takes as long as
+    a few layers of a run."""
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        if (one := waiting.pop()) is not None:
+            yield from (parameter for parameter in one._parameters.values() if parameter is not None)
+            waiting += one._modules.values()

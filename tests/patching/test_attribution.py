@@ -249,6 +249,22 @@ def test_states_contracted_in_their_scans_give_the_same(
     assert not any(point.is_listened_to for point in model.hook_points.values())
 
 
+def test_states_behind_what_interventions_hold_fast(model: HookedMamba, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an intervention puts constants, no graph leads further back, but later states count all the same."""
+    arguments = {"hooks": ["state", "x", "resid_pre"], "metric": last_logit, "reduce": None}
+    with model.intervene(patch("*hook_mixer_in", 0.5)):
+        by_edits = attribution_patch(model, CLEAN, CORRUPTED, **arguments)
+        assert abs(by_edits).max() > 0
+        monkeypatch.setattr(attribution_module, "_states_by_scan", lambda task: True)
+        by_scan = attribution_patch(model, CLEAN, CORRUPTED, **arguments)
+    torch.testing.assert_close(values(by_scan), values(by_edits), atol=1e-5, rtol=1e-4)
+    with model.intervene(patch("blocks.1.hook_resid_pre", 0.5)):
+        by_scan = attribution_patch(model, CLEAN, CORRUPTED, **arguments)
+        monkeypatch.undo()
+        by_edits = attribution_patch(model, CLEAN, CORRUPTED, **arguments)
+    torch.testing.assert_close(values(by_scan), values(by_edits), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("hooks", [["state"], HOOKS])
 def test_a_gpu_gives_what_the_cpu_gives(model: HookedMamba, hooks: list[str]) -> None:

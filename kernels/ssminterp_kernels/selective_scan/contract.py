@@ -58,12 +58,10 @@ def contract_with_adjoint(
     if dfinal_state is None:
         dfinal_state = zeros((dy.shape[0], *A.shape), torch.promote_types(dy.dtype, torch.float32), dy.device)
     arguments = (*a, *b, dy, A, C, z, delta_bias, dfinal_state, delta_softplus, sum_d_inner, backend)
-    found = _contract_again(*arguments) if can_be_repeated(dy) else _contract(*arguments)
-    return found.sum(-1) if found.dim() == 3 and sum_d_inner else found
+    return _contract_again(*arguments) if can_be_repeated(dy) else _contract(*arguments)
 
 
 def _contract(*arguments: Any) -> Tensor:
-    """The contraction; of a sum over d_inner, perhaps the parts [batch, pos, n_parts]."""
     *tensors, delta_softplus, sum_d_inner, backend = arguments
     _check(*tensors)
     a, b = ScanRun(*tensors[:4]), ScanRun(*tensors[4:8])

@@ -6,6 +6,7 @@ Summed over d_inner as well, each program leaves one number per position, and th
 
 from __future__ import annotations
 
+import functools
 from typing import Any, no_type_check
 
 import torch
@@ -39,6 +40,7 @@ from ssminterp_kernels.selective_scan.triton_scan import (
     strided,
     strided_state,
     strides_of_pos,
+    sum_parts,
 )
 
 BLOCK_T = 2  # positions whose differences of states are held in registers; more of them spill
@@ -187,8 +189,7 @@ def contract_kernel(
 def triton_contract(
     a: ScanArguments, b: ScanArguments, dy: Tensor, dfinal_state: Tensor, sum_d_inner: bool
 ) -> Float[Tensor, "batch pos *d_inner"]:
-    """As `contract_with_adjoint`; of a sum over d_inner the parts [batch, pos, n_parts]. Takes arguments from
-    `check_arguments`."""
+    """As `contract_with_adjoint`; takes arguments from `check_arguments`."""
     run_a, run_b = scan_tensors(a), scan_tensors(b)
     # A short sequence has one segment only, which begins with the initial state.
     begin_a, begin_b = (
@@ -211,7 +212,6 @@ def _contract(
     sum_d_inner: bool,
     *of_b: Any,
 ) -> Tensor:
-    """[batch, pos, d_inner], or [batch, pos, n_blocks] to be summed."""
     run_b = ScanTensors(*of_b)
     batch, length, d_inner = dy.shape
     d_state = run_b.A.shape[1]
@@ -223,9 +223,9 @@ def _contract(
     future = strided_state(dfinal_state)
     if plan.is_chunked:
         future = strided(futures_of_chunks(run_b, plan, dy, None, dfinal_state))
-    width = plan.n_blocks if sum_d_inner else d_inner
-    out = torch.empty(batch, length, width, dtype=torch.float32, device=dy.device)
-    scratch = out.new_empty(plan.programs(batch), 2, SEGMENT // BLOCK_T, plan.block_n, plan.block_d)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=dy.device)
+    out = new(batch, plan.n_blocks, length).transpose(1, 2) if sum_d_inner else new(batch, length, d_inner)
+    scratch = new(plan.programs(batch), 2, SEGMENT // BLOCK_T, plan.block_n, plan.block_d)
     launch(
         contract_kernel,
         (plan.programs(batch),),
@@ -244,4 +244,4 @@ def _contract(
         BLOCK_T=BLOCK_T,
         num_warps=plan.num_warps,
     )
-    return out
+    return sum_parts(out.mT, batch, plan.n_blocks, length, torch.float32) if sum_d_inner else out

@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 from ssminterp.models.hook_points import HookPoint, HookSpec
 from ssminterp.models.mixers.scans import DiscretisedScan, SelectiveScan, Step
 from ssminterp.models.mixers.state_hook import StateHookPoint
+from ssminterp.models.mixers.state_matrices import known_state_matrix, state_matrix
 from ssminterp.models.mixers.state_reads import ReadHookPoint, StateReads
 from ssminterp.models.mixers.state_scan import scan_with_state_hooks
 from ssminterp.models.tracing.requests import is_requested
@@ -248,7 +249,8 @@ class HookedMambaMixer(nn.Module):
 
     def A(self) -> Float[Tensor, "d_inner d_state"]:
         """The state matrix's diagonal, -exp(A_log), in float32."""
-        return -torch.exp(self.A_log.float())
+        known = known_state_matrix(self)
+        return state_matrix(self.A_log) if known is None else known
 
     def _discretised_scan(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> DiscretisedScan:
         """A scan over A_bar and B_bar as their hooks leave them."""

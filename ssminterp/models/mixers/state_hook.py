@@ -36,8 +36,9 @@ class StateHookPoint(HookPoint):
         """Whether an nnsight trace that runs now waits for the trajectory or for the state at some position."""
         return (not self.is_idle and is_requested(self, by_name=True)) or self.at.is_requested
 
-    def has_listeners(self) -> bool:
-        return super().has_listeners() or self.at.is_requested
+    @property
+    def is_listened_to(self) -> bool:
+        return (not self.is_idle and self.has_listeners()) or self.at.is_requested
 
     def __call__(self, tensor: Tensor) -> Tensor:
         # What is shown must not be changed, so it need not be a copy; whoever shows it checks.
@@ -79,7 +80,7 @@ class StatePositions(nn.Module):
     @property
     def is_requested(self) -> bool:
         """Whether an nnsight trace that runs now waits for the state at some position."""
-        return any(is_requested(position) for position in self.made.values())
+        return bool(self.made) and any(is_requested(position) for position in self.made.values())
 
 
 class PositionsOfOneScan:
