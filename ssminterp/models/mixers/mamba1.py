@@ -217,7 +217,9 @@ class HookedMambaMixer(nn.Module):
             fused = not (self.hook_y.is_listened_to or self.hook_ssm_out.is_listened_to or self.hook_state.is_traced)
             # A state that is only passed on to the next token is overwritten where it lies.
             in_place = fused and not torch.is_grad_enabled() and not self.hook_state.is_listened_to
-            scan = SelectiveScan(x, step, self.A(), B, C, self.D if fused else None, gate if fused else None, in_place)
+            known = known_state_matrix(self)
+            A = self.A() if known is None else known
+            scan = SelectiveScan(x, step, A, B, C, self.D if fused else None, gate if fused else None, in_place)
         y, final_state = scan_with_state_hooks(scan, self.hook_state, x, self.d_state, initial_state)
         for watch in self.hook_state.watchers:
             y = watch(self.hook_state, scan, y)
@@ -249,8 +251,7 @@ class HookedMambaMixer(nn.Module):
 
     def A(self) -> Float[Tensor, "d_inner d_state"]:
         """The state matrix's diagonal, -exp(A_log), in float32."""
-        known = known_state_matrix(self)
-        return state_matrix(self.A_log) if known is None else known
+        return state_matrix(self.A_log)
 
     def _discretised_scan(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> DiscretisedScan:
         """A scan over A_bar and B_bar as their hooks leave them."""

@@ -46,11 +46,16 @@ class StateMatricesBefore:
 def _together(mixers: Iterable[Any]) -> dict[nn.Module, Tensor]:
     logs = {mixer: mixer.A_log for mixer in mixers}
     alike = {(A_log.device, A_log.dtype, A_log.shape) for A_log in logs.values()}
-    if len(alike) != 1 or next(iter(alike))[0].type != "cuda":
+    if len(alike) != 1 or not _saves_launches(next(iter(alike))[0]):
         return {}
     if torch.is_grad_enabled() and any(A_log.requires_grad for A_log in logs.values()):
         return {}
     return dict(zip(logs, state_matrix(torch.stack(list(logs.values()))).unbind(), strict=True))
+
+
+def _saves_launches(device: torch.device) -> bool:
+    """Elsewhere launches cost nothing, and offloaded weights have no values here."""
+    return device.type == "cuda"
 
 
 def forget_state_matrices(backbone: Any, arguments: tuple[Any, ...], output: Any) -> None:
