@@ -13,6 +13,7 @@ from torch import Tensor
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 Backend: TypeAlias = Literal["auto", "torch", "triton"]
+_BACKENDS = get_args(Backend)
 
 
 def choose_backend(x: Tensor, backend: Backend = "auto") -> Literal["torch", "triton"]:
@@ -21,8 +22,8 @@ def choose_backend(x: Tensor, backend: Backend = "auto") -> Literal["torch", "tr
     "auto" is "triton" on CUDA except for float64, "torch" elsewhere. Raises ValueError for an unknown backend and for
     one that cannot take x.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {backend!r}")
     if backend == "triton":
         check_triton_suits(x)
     if backend == "auto":

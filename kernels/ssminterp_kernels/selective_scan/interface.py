@@ -16,6 +16,7 @@ from ssminterp_kernels.selective_scan.edits import StateEdits
 from ssminterp_kernels.selective_scan.torch_scan import torch_scan
 
 Backend = Literal["auto", "torch", "numba", "triton"]
+_BACKENDS = get_args(Backend)
 
 
 class ScanOutput(NamedTuple):
@@ -112,8 +113,8 @@ def choose_backend(arguments: ScanArguments, backend: Backend = "auto") -> Liter
     cannot look into it, and "torch" elsewhere. Raises ValueError for an unknown backend and for one that cannot take
     these arguments.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {backend!r}")
     x = arguments.x
     fits_numba = x.device.type == "cpu" and x.dtype == torch.float32
     if backend == "numba" and not fits_numba:

@@ -287,20 +287,25 @@ def scan_backward(
 
     of_channels: whether those of A, D and bias are wanted, which are sums over batch and pos.
     """
+    return dict(zip(ScanTensors._fields, _gradients(s, boundaries, dy, dstates, dfinal, of_channels), strict=False))
+
+
+def _gradients(
+    s: ScanTensors,
+    boundaries: Tensor | None,
+    dy: Tensor | None,
+    dstates: Tensor | None,
+    dfinal: Tensor | None,
+    of_channels: bool,
+) -> list[Tensor | None]:
+    """As `scan_backward`, in the order of the tensors of s."""
     if dy is None:
         dy = zeros(s.x.shape, s.x.dtype, s.x.device)
     if dfinal is None:
         dfinal = zeros((s.x.shape[0], *s.A.shape), torch.float32, s.x.device)
-    gradients = dict(zip(_GRADIENTS, _backward(*s, boundaries, dy, dstates, dfinal, of_channels), strict=True))
-    for name in ("A", "C", "D", "bias"):
-        gradient, tensor = gradients[name], getattr(s, name)
-        if gradient is not None and gradient.dtype != tensor.dtype:
-            gradients[name] = gradient.to(tensor.dtype)
-    return gradients
-
-
-# What has a gradient, in the order in which `_backward` returns them.
-_GRADIENTS = ("x", "delta", "A", "B", "C", "D", "bias", "z", "initial_state", "keep", "add")
+    found = _backward(*s, boundaries, dy, dstates, dfinal, of_channels)
+    # Sums are float32, those of B and C have the dtype of B.
+    return [None if g is None or t is None else g.to(t.dtype) for g, t in zip(found, s[:13], strict=True)]
 
 
 @repeated
@@ -366,7 +371,8 @@ def _backward(*arguments: Any) -> tuple[Tensor | None, ...]:
         dA, dD, dbias = sums.view(-1).split((d_inner * d_state, d_inner, d_inner))
         dA = dA.view(d_inner, d_state)
         dD, dbias = None if s.D is None else dD, None if s.bias is None else dbias
-    return dx, ddelta, dA, dB.view(given.B.shape), dC.view(given.C.shape), dD, dbias, dz, dstart, dkeep, dadd
+    dB, dC = dB.view(given.B.shape), dC.view(given.C.shape)
+    return dx, ddelta, dA, dB, dC, dD, dz, dbias, dstart, None, dkeep, dadd, None
 
 
 def triton_adjoints(arguments: ScanArguments) -> Float[Tensor, "batch n_positions d_inner d_state"]:
@@ -439,6 +445,9 @@ def sum_parts(parts: Tensor, rows: int, n_parts: int, width: int, dtype: torch.d
     return out
 
 
+_A, _D, _BIAS = (ScanTensors._fields.index(name) for name in ("A", "D", "bias"))
+
+
 class _Scan(torch.autograd.Function):
     """The scan and its backward pass; saves the inputs and the states before segments."""
 
@@ -456,6 +465,6 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dstates: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
         *saved, boundaries = ctx.saved_tensors
         s = ScanTensors(*saved, *ctx.flags)
-        of_channels = any(ctx.needs_input_grad[ScanTensors._fields.index(name)] for name in ("A", "D", "bias"))
-        gradients = scan_backward(s, boundaries, dy, dstates, dfinal, of_channels)
-        return tuple(gradients.get(name) for name in ScanTensors._fields)
+        wanted = ctx.needs_input_grad
+        of_channels = wanted[_A] or wanted[_D] or wanted[_BIAS]
+        return *_gradients(s, boundaries, dy, dstates, dfinal, of_channels), None, None, None
