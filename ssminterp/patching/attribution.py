@@ -26,8 +26,8 @@ from ssminterp.models.memory import free_bytes, recording_bytes
 from ssminterp.models.mixers.state_hook import StateHookPoint
 from ssminterp.patching.columns import SweepPositions, sweep_columns
 from ssminterp.patching.effects import By, kept_axes, kept_of, labelled_effects
-from ssminterp.patching.gradients import Recording, Run, gradient_run, recorded_run
-from ssminterp.patching.metrics import Metric
+from ssminterp.patching.gradients import Receive, Recording, Run, gradient_run, recorded_run
+from ssminterp.patching.metrics import Metric, checked
 from ssminterp.patching.request import (
     DIRECTIONS,
     Direction,
@@ -39,11 +39,14 @@ from ssminterp.patching.request import (
 )
 from ssminterp.patching.results import Baselines
 from ssminterp.patching.selections import Selection
-from ssminterp.patching.state_scans import attributed_states, scan_inputs, scan_suffices
+from ssminterp.patching.state_scans import attributed_states, examples_of_scan, scan_inputs, scan_suffices
 
 # Tensors of the recording's size that are alive at once: both runs' values or their difference, the zeros of the
 # states, and as much again for what the backward pass holds of a layer.
 COPIES = 4
+
+# How many tokens a GPU computes, forwards and backwards, while they are launched: in float32, and in half precision.
+LAUNCHED_TOKENS = (512, 4096)
 
 
 def attribution_patch(
@@ -63,7 +66,8 @@ def attribution_patch(
     """The change of the metric that patching each hook, layer and position would make, estimated by gradients.
 
     Takes two forward passes and one backward for everything together (as often as groups of layers are needed to
-    fit in memory), where `patch_sweep` takes a run for every cell.
+    fit in memory), where `patch_sweep` takes a run for every cell. Short runs on a GPU are made together, as one of
+    twice the batch, if nothing is attached to the model.
 
     clean, corrupted, hooks, layers, positions: as in `patch_sweep`.
     metric: logits [batch, pos, vocab] to one number per example, [batch], differentiable, each example by itself.
@@ -138,6 +142,8 @@ def _attribute(task: _Task, layers: Sequence[int], found: dict[str, Tensor]) -> 
     metric = (task.metric_name, task.metric)
     recording = _recording(task, layers)
     taps = list(recording.points)
+    if _runs_together(task):
+        return _attribute_together(task, recording, found)
     of_source = recorded_run(model, source, recording, *metric)
     if task.steps is None:
         contractions: list[_Contraction] = []
@@ -157,6 +163,53 @@ def _attribute(task: _Task, layers: Sequence[int], found: dict[str, Tensor]) -> 
         gradient_run(model, base, taps, task.needed, Recording(), *metric, lambda run: contraction, between)
         contraction.finish()
     return {"source": of_source.metric, "base": of_base.metric}
+
+
+def _runs_together(task: _Task) -> bool:
+    """Whether the two runs are one of twice the batch: on a GPU that has little to do, one of them costs what it takes
+    to launch it. What is attached to hooks may be meant for one run's examples."""
+    model, tokens = task.sweep.model, 2 * task.sweep.batch * task.sweep.length
+    most = LAUNCHED_TOKENS[model.cfg.dtype.itemsize <= 2]
+    if model.device.type != "cuda" or task.steps is not None or tokens > most:
+        return False
+    return all(point.is_idle for point in model.hook_points.values())
+
+
+def _attribute_together(task: _Task, recording: Recording, found: dict[str, Tensor]) -> Baselines:
+    """As `_attribute`, of both runs in one."""
+    n = task.sweep.batch
+    contractions: list[_Contraction] = []
+
+    def metric_of_both(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+        halves = (logits[:n].detach(), logits[n:])
+        return torch.cat([checked(task.metric_name, task.metric(half), n) for half in halves])
+
+    def contraction_of(run: Run) -> Receive:
+        contractions.append(_Contraction(task, *_halves(run, n), found))
+        return lambda point, gradient: contractions[0](point, gradient[n:])
+
+    both = torch.cat([task.sweep.source, task.sweep.base])
+    points = list(recording.points)
+    run = gradient_run(
+        *(task.sweep.model, both, points, task.needed, recording, task.metric_name, metric_of_both, contraction_of)
+    )
+    contractions[0].finish()
+    return {"source": run.metric[:n], "base": run.metric[n:]}
+
+
+def _halves(run: Run, n: int) -> tuple[Run, Run]:
+    """A run's first n examples, and the others."""
+    first, second = (
+        Run(
+            run.metric[rows],
+            {name: tensor[rows] for name, tensor in run.activations.items()},
+            {name: tensor[rows] for name, tensor in run.whole.items()},
+            {name: examples_of_scan(scan, rows) for name, scan in run.scans.items()},
+        )
+        for rows in (slice(0, n), slice(n, None))
+    )
+    run.activations.clear()
+    return first, second
 
 
 def _recording(task: _Task, layers: Sequence[int]) -> Recording:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,10 +16,11 @@ from ssminterp_kernels.selective_scan.contract import ScanRun, contract_with_adj
 def scan_suffices(model: HookedMamba) -> bool:
     """Whether states are what their scans make of what they take in, and read in the scan alone: nothing attached
     changes them, or reads them once more."""
-    points = model.hook_points.values()
-    if any(point.functions for point in points if point.spec.short == "y"):
+    mixers = [block.mixer for block in model.blocks]
+    if any(mixer.hook_y.functions for mixer in mixers):
         return False
-    return not any(point.is_listened_to for point in points if point.spec.short in ("state", "A_bar", "B_bar"))
+    points = (point for mixer in mixers for point in (mixer.hook_state, mixer.hook_A_bar, mixer.hook_B_bar))
+    return not any(point.is_listened_to for point in points)
 
 
 def scan_inputs(model: HookedMamba, layers: Sequence[int]) -> list[HookPoint]:
@@ -28,6 +30,13 @@ def scan_inputs(model: HookedMamba, layers: Sequence[int]) -> list[HookPoint]:
         for layer in layers
         for short in ("x", "delta", "B", "C", "gate")
     ]
+
+
+def examples_of_scan(scan: SelectiveScan, rows: slice) -> SelectiveScan:
+    """The scan of some examples of a batch."""
+    step = scan.step._replace(delta=scan.step.delta[rows])
+    z = None if scan.z is None else scan.z[rows]
+    return replace(scan, x=scan.x[rows], step=step, B=scan.B[rows], C=scan.C[rows], z=z)
 
 
 def attributed_states(

@@ -249,6 +249,27 @@ def test_states_contracted_in_their_scans_give_the_same(
     assert not any(point.is_listened_to for point in model.hook_points.values())
 
 
+@pytest.mark.parametrize("by_scan", [False, True])
+@pytest.mark.parametrize("reduce", ["mean", None])
+def test_runs_made_together_give_the_same(
+    model: HookedMamba, by_scan: bool, reduce: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of short runs on CUDA; what is attached keeps them apart."""
+    monkeypatch.setattr(attribution_module, "_states_by_scan", lambda task: by_scan)
+    arguments = {"hooks": ["state", "x", "gate", "resid_post"], "metric": last_logit, "reduce": reduce}
+    apart = attribution_patch(model, CLEAN, CORRUPTED, **arguments)
+    monkeypatch.setattr(attribution_module, "_runs_together", lambda task: True)
+    forwards: list[int] = []
+    handle = model.lm.backbone.register_forward_hook(lambda module, tokens, _: forwards.append(1))
+    together = attribution_patch(model, CLEAN, CORRUPTED, **arguments)
+    handle.remove()
+    assert len(forwards) == 1
+    torch.testing.assert_close(values(together), values(apart), atol=1e-5, rtol=1e-4)
+    assert together.attrs["clean"] == pytest.approx(apart.attrs["clean"], abs=1e-5)
+    assert together.attrs["baseline"] == pytest.approx(apart.attrs["baseline"], abs=1e-5)
+    assert all(point.is_idle for point in model.hook_points.values())
+
+
 def test_states_behind_what_interventions_hold_fast(model: HookedMamba, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where an intervention puts constants, no graph leads further back, but later states count all the same."""
     arguments = {"hooks": ["state", "x", "resid_pre"], "metric": last_logit, "reduce": None}
