@@ -10,22 +10,21 @@ later states, since an exact patch of the state propagates too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from xarray import DataArray
 
-from ssminterp.models import HookedMamba, HookPoint
+from ssminterp.models import HookedMamba
 from ssminterp.models.hook_points import HookSpec
 from ssminterp.models.hooked_mamba import Input
 from ssminterp.models.memory import free_bytes, recording_bytes
 from ssminterp.models.mixers.state_hook import StateHookPoint
 from ssminterp.patching.columns import SweepPositions, sweep_columns
-from ssminterp.patching.effects import By, kept_axes, kept_of, labelled_effects
+from ssminterp.patching.contraction import AttributionTask, Contraction
+from ssminterp.patching.effects import By, kept_axes, labelled_effects
 from ssminterp.patching.gradients import Receive, Recording, Run, gradient_run, recorded_run
 from ssminterp.patching.metrics import Metric, checked
 from ssminterp.patching.request import (
@@ -39,7 +38,7 @@ from ssminterp.patching.request import (
 )
 from ssminterp.patching.results import Baselines
 from ssminterp.patching.selections import Selection
-from ssminterp.patching.state_scans import attributed_states, examples_of_scan, scan_inputs, scan_suffices
+from ssminterp.patching.state_scans import examples_of_scan, scan_inputs, scan_suffices
 
 # Tensors of the recording's size that are alive at once: both runs' values or their difference, the zeros of the
 # states, and as much again for what the backward pass holds of a layer.
@@ -105,7 +104,7 @@ def attribution_patch(
     _check_rows(model, rows)
     columns = sweep_columns(model, base, positions)
     sweep = Sweep(model, source, base, specs, rows, columns, [Selection()], "patch")
-    task = _Task(sweep, *single_metric(metric), steps, reduce, by)
+    task = AttributionTask(sweep, *single_metric(metric), steps, reduce, by)
     found: dict[str, Tensor] = {}
     metrics: Baselines = {}
     for group in _groups(task):
@@ -116,27 +115,7 @@ def attribution_patch(
     return labelled_effects(values, axes, metrics, sweep, direction, method, task.metric_name, reduce)
 
 
-@dataclass(frozen=True, eq=False)
-class _Task:
-    """What is asked for; the sweep's source and base run are those that values come from and would be put into."""
-
-    sweep: Sweep
-    metric_name: str
-    metric: Metric
-    steps: int | None
-    reduce: Literal["mean"] | None
-    by: By
-
-    @cached_property
-    def needed(self) -> list[int]:
-        """The positions that some column has in some example."""
-        return sorted({int(p) for column in self.sweep.columns for p in column.positions.unique()})
-
-    def points(self, layers: Sequence[int]) -> list[HookPoint]:
-        return [self.sweep.point(spec, layer) for spec in self.sweep.specs for layer in layers]
-
-
-def _attribute(task: _Task, layers: Sequence[int], found: dict[str, Tensor]) -> Baselines:
+def _attribute(task: AttributionTask, layers: Sequence[int], found: dict[str, Tensor]) -> Baselines:
     """Put the attributions of some layers' hooks into `found`, by name. Returns the metric of both runs."""
     model, source, base = task.sweep.model, task.sweep.source, task.sweep.base
     metric = (task.metric_name, task.metric)
@@ -146,17 +125,17 @@ def _attribute(task: _Task, layers: Sequence[int], found: dict[str, Tensor]) -> 
         return _attribute_together(task, recording, found)
     of_source = recorded_run(model, source, recording, *metric)
     if task.steps is None:
-        contractions: list[_Contraction] = []
+        contractions: list[Contraction] = []
 
-        def contraction_of(run: Run) -> _Contraction:
-            contractions.append(_Contraction(task, of_source, run, found))
+        def contraction_of(run: Run) -> Contraction:
+            contractions.append(Contraction(task, of_source, run, found))
             return contractions[0]
 
         of_base = gradient_run(model, base, taps, task.needed, recording, *metric, contraction_of)
         contractions[0].finish()
         return {"source": of_source.metric, "base": of_base.metric}
     of_base = recorded_run(model, base, recording, *metric)
-    contraction = _Contraction(task, of_source, of_base, found)
+    contraction = Contraction(task, of_source, of_base, found)
     start, end = (_embedded(model, tokens) for tokens in (base, source))
     for step in range(task.steps):
         between = start.lerp(end, (step + 0.5) / task.steps)
@@ -165,7 +144,7 @@ def _attribute(task: _Task, layers: Sequence[int], found: dict[str, Tensor]) -> 
     return {"source": of_source.metric, "base": of_base.metric}
 
 
-def _runs_together(task: _Task) -> bool:
+def _runs_together(task: AttributionTask) -> bool:
     """Whether the two runs are one of twice the batch: on a GPU that has little to do, one of them costs what it takes
     to launch it. What is attached to hooks may be meant for one run's examples."""
     model, tokens = task.sweep.model, 2 * task.sweep.batch * task.sweep.length
@@ -175,17 +154,17 @@ def _runs_together(task: _Task) -> bool:
     return all(point.is_idle for point in model.hook_points.values())
 
 
-def _attribute_together(task: _Task, recording: Recording, found: dict[str, Tensor]) -> Baselines:
+def _attribute_together(task: AttributionTask, recording: Recording, found: dict[str, Tensor]) -> Baselines:
     """As `_attribute`, of both runs in one."""
     n = task.sweep.batch
-    contractions: list[_Contraction] = []
+    contractions: list[Contraction] = []
 
     def metric_of_both(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
         halves = (logits[:n].detach(), logits[n:])
         return torch.cat([checked(task.metric_name, task.metric(half), n) for half in halves])
 
     def contraction_of(run: Run) -> Receive:
-        contractions.append(_Contraction(task, *_halves(run, n), found))
+        contractions.append(Contraction(task, *_halves(run, n), found))
         return lambda point, gradient: contractions[0](point, gradient[n:])
 
     both = torch.cat([task.sweep.source, task.sweep.base])
@@ -212,7 +191,7 @@ def _halves(run: Run, n: int) -> tuple[Run, Run]:
     return first, second
 
 
-def _recording(task: _Task, layers: Sequence[int]) -> Recording:
+def _recording(task: AttributionTask, layers: Sequence[int]) -> Recording:
     """What is kept of both runs."""
     points = task.points(layers)
     if not _states_by_scan(task):
@@ -221,7 +200,7 @@ def _recording(task: _Task, layers: Sequence[int]) -> Recording:
     return Recording(others, task.needed, scans=[point for point in points if isinstance(point, StateHookPoint)])
 
 
-def _states_by_scan(task: _Task) -> bool:
+def _states_by_scan(task: AttributionTask) -> bool:
     """Whether the states' attributions are contracted in a kernel, on CUDA, where what that saves is worth it.
 
     Their adjoints must then be those of the base run, as they are without integrated gradients. Who asks for A_bar and
@@ -233,104 +212,6 @@ def _states_by_scan(task: _Task) -> bool:
     return asked and on_gpu and task.by != "state" and task.steps is None and scan_suffices(task.sweep.model)
 
 
-class _Indices(NamedTuple):
-    """Where the columns' positions are, on one device, so that no gradient waits for a copy of indices.
-
-    needed: positions that some column has. rows: which of them a column has in an example.
-    """
-
-    needed: Int[Tensor, " n_positions"]
-    examples: Int[Tensor, " batch"]
-    rows: Int[Tensor, "column batch"]
-
-    @classmethod
-    def of(cls, task: _Task, device: torch.device) -> _Indices:
-        needed = torch.tensor(task.needed)
-        row_of = torch.zeros(task.sweep.length, dtype=torch.long)
-        row_of[needed] = torch.arange(len(needed))
-        rows = row_of[torch.stack([column.positions for column in task.sweep.columns])]
-        return cls(needed.to(device), torch.arange(task.sweep.batch, device=device), rows.to(device))
-
-
-class _Contraction:
-    """Gradient · difference, contracted as soon as a gradient arrives, so that no two gradients are held at once.
-
-    What is small then waits for `finish`, in which all of it takes a handful of launches.
-    """
-
-    def __init__(self, task: _Task, source: Run, base: Run, found: dict[str, Tensor]) -> None:
-        self.task = task
-        self.found = found
-        self.scans = {name: (source.scans[name], base.scans[name]) for name in base.scans}
-        self.waiting: dict[torch.device, dict[str, Float[Tensor, "batch n_positions"]]] = {}
-        self.indices: dict[torch.device, _Indices] = {}
-        # Popped one by one: two runs and their difference need not all be held.
-        self.differences = {
-            name: _subtracted(source.activations.pop(name), base.activations.pop(name))
-            for name in list(base.activations)
-        }
-
-    def __call__(self, point: HookPoint, gradient: Tensor) -> None:
-        """Take the gradient of a hook point, [batch, pos, …], of a state [batch, n_positions, …] or of its scan's y."""
-        if point.name in self.scans:
-            of_source, of_base = self.scans.pop(point.name)
-            attributed = attributed_states(of_source, of_base, gradient, self.task.by == "position")
-            self._take(point.name, self._at_needed(attributed))
-        elif point.name in self.differences:
-            difference = self.differences[point.name]
-            here = gradient if point.spec.short == "state" else self._at_needed(gradient)
-            kept = 2 + len(kept_of(point.spec, self.task.by))
-            self._take(point.name, _sum_after(here.to(difference.dtype), difference, kept))
-
-    def finish(self) -> None:
-        """Put what was contracted since the last time into `found`."""
-        for device, parts in self.waiting.items():
-            _, examples, rows = self._on(device)
-            chosen = self._reduced(torch.stack(list(parts.values()))[:, examples, rows], 2)
-            for name, of_point in zip(parts, chosen.unbind(), strict=True):
-                self._keep(name, of_point)
-        self.waiting.clear()
-
-    def _take(self, name: str, attributed: Float[Tensor, "batch n_positions *kept"]) -> None:
-        if attributed.dim() == 2:
-            self.waiting.setdefault(attributed.device, {})[name] = attributed
-            return
-        _, examples, rows = self._on(attributed.device)
-        self._keep(name, self._reduced(attributed[examples, rows], 1))
-
-    def _reduced(self, chosen: Float[Tensor, "*columns batch *kept"], examples_axis: int) -> Tensor:
-        """The attributions of columns, of each example or on average, of one of the steps."""
-        chosen = chosen / (self.task.steps or 1)
-        mean = self.task.reduce == "mean"
-        return chosen.mean(examples_axis) if mean else chosen.movedim(examples_axis, -1)
-
-    def _at_needed(self, tensor: Float[Tensor, "batch pos *axes"]) -> Float[Tensor, "batch n_positions *axes"]:
-        everywhere = len(self.task.needed) == tensor.shape[1]
-        return tensor if everywhere else tensor.index_select(1, self._on(tensor.device).needed)
-
-    def _on(self, device: torch.device) -> _Indices:
-        if device not in self.indices:
-            self.indices[device] = _Indices.of(self.task, device)
-        return self.indices[device]
-
-    def _keep(self, name: str, chosen: Float[Tensor, "column *kept"]) -> None:
-        self.found[name] = self.found[name] + chosen if name in self.found else chosen
-
-
-def _subtracted(source: Tensor, base: Tensor) -> Tensor:
-    """The difference in float32 or better."""
-    dtype = torch.promote_types(source.dtype, torch.float32)
-    return source.to(dtype) - base.to(dtype)
-
-
-def _sum_after(first: Tensor, second: Tensor, kept: int) -> Tensor:
-    """first · second, summed over all axes after the first `kept`; the product is never held if there are any."""
-    if kept == first.dim():
-        return first * second
-    names = "abcdefg"[: first.dim()]
-    return torch.einsum(f"{names},{names}->{names[:kept]}", first, second)
-
-
 def _on_cpu(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors of one shape, stacked; in one copy if they are on one device."""
     if len({tensor.device for tensor in tensors}) == 1:
@@ -338,7 +219,7 @@ def _on_cpu(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor.cpu() for tensor in tensors])
 
 
-def _groups(task: _Task) -> list[Sequence[int]]:
+def _groups(task: AttributionTask) -> list[Sequence[int]]:
     """The layers in groups whose recordings and gradients fit in memory together; at least one layer each."""
     sweep, layers = task.sweep, task.sweep.layers
     recording = _recording(task, layers[:1])
