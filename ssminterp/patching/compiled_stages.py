@@ -19,6 +19,8 @@ from ssminterp_kernels.backends import takes_triton
 class CompiledStages(Stages):
     """The same stages, each in one pass over memory; what follows a change of the state alone, without exponentials."""
 
+    records_states = True
+
     def normed(self, resid: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
         norm = self.block.norm
         is_plain_norm = type(norm) is FusedRMSNorm and not norm._forward_hooks and not hasattr(norm, "_hf_hook")
@@ -39,9 +41,12 @@ class CompiledStages(Stages):
         return super().delta(F.linear(raw, self.mixer.dt_proj.weight))
 
     def gated(
-        self, inputs: ScanInputs, gate: Float[Tensor, "tiles n_keep d_inner"]
+        self,
+        inputs: ScanInputs,
+        gate: Float[Tensor, "tiles n_keep d_inner"],
+        record: rows.Recorded | None = None,
     ) -> Float[Tensor, "tiles n_keep d_inner"]:
-        return rows.scanned_rows(self._row_scan, inputs.x, inputs.delta, inputs.B, inputs.C, gate)
+        return rows.scanned_rows(self._row_scan, inputs.x, inputs.delta, inputs.B, inputs.C, gate, record)
 
     def rejoined(
         self,
@@ -69,15 +74,19 @@ class CompiledStages(Stages):
         )
 
 
+def stages_class(mixer: Any, *held: Tensor) -> type[Stages]:
+    """The fastest stages that suit where a mixer is and what it and some tensors are held in."""
+    weight = mixer.conv1d.weight
+    if takes_triton(weight):
+        from ssminterp.patching.triton_stages import TritonStages  # Triton may not be installed
+
+        return TritonStages
+    suits = rows.suits(mixer.A_log, mixer.D, weight, *held, d_inner=mixer.d_inner) and is_plain(mixer.dt_proj)
+    return CompiledStages if suits else Stages
+
+
 def stages_of(
     block: Any, past: Past, packing: rows.Packing, A: Tensor | None = None, keep: list[int] | None = None
 ) -> Stages:
-    """The fastest stages that suit where a layer is and what it computes in."""
-    mixer = block.mixer
-    held = (past.window, past.state, mixer.A_log, mixer.D, mixer.conv1d.weight)
-    if takes_triton(past.window):
-        from ssminterp.patching.triton_stages import TritonStages  # Triton may not be installed
-
-        return TritonStages(block, past, packing, A, keep)
-    suits = rows.suits(*held, d_inner=mixer.d_inner) and is_plain(mixer.dt_proj)
-    return (CompiledStages if suits else Stages)(block, past, packing, A, keep)
+    """One layer by the fastest stages that suit it."""
+    return stages_class(block.mixer, past.window, past.state)(block, past, packing, A, keep)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ssminterp.models import HookedMamba, HookPoint
 from ssminterp.models.hook_points import Recorder, attached
-from ssminterp.patching.placed_states import PlacedStates
-from ssminterp_kernels.backends import takes_triton
+from ssminterp.patching.compiled_stages import stages_class
 
 # Hooks whose values `stage_runs` can tell.
 _SHORTS = "resid_pre mixer_in in_x gate conv x delta B C state gated mixer_out resid_post"
@@ -108,12 +107,11 @@ def collect(
     None where every position asked for is negative. No logits are computed.
     """
     if span >= tokens.shape[1] and _suits_stages(model, wanted):
-        from ssminterp.patching.stage_runs import values_by_stages  # Triton may not be installed
+        from ssminterp.patching.stage_runs import values_by_stages  # it is about places too
 
         return list(values_by_stages(model, tokens, wanted))
     distinct = {id(w.places): w.places for w in wanted}
     length = 1 + max((int(places.unique[-1]) for places in distinct.values() if len(places.rows)), default=-1)
-    scans = _scans(model, len(tokens), wanted)
     found: list[Tensor | None] = [None] * len(wanted)
     backbone: Any = model.lm.backbone
     cache = None
@@ -124,44 +122,16 @@ def collect(
             _Gatherer(here[id(w.places)], len(w.places.rows), out) for w, out in zip(wanted, found, strict=True)
         ]
         listening: list[tuple[HookPoint, Recorder]] = [
-            (w.point, gatherer)
-            for i, (w, gatherer) in enumerate(zip(wanted, gatherers, strict=True))
-            if len(gatherer.here.rows) and not any(i in own for own in scans.values())
+            (w.point, gatherer) for w, gatherer in zip(wanted, gatherers, strict=True) if len(gatherer.here.rows)
         ]
-        listening += [(point, scan) for scan in scans for point in scan.points]
         with attached(listening):
             run = backbone(input_ids=tokens[:, start:stop], cache_params=cache, use_cache=span < length)
         cache = run.cache_params
         found = [gatherer.out for gatherer in gatherers]
-    for scan, own in scans.items():
-        parts = scan.states().split([len(wanted[i].places.rows) for i in own])
-        for i, part in zip(own, parts, strict=True):
-            found[i] = part
     return found
 
 
 def _suits_stages(model: HookedMamba, wanted: Sequence[Wanted]) -> bool:
-    """Whether the values can be had from the stages of the layers, where those are launches on a GPU."""
-    weights = [block.mixer.conv1d.weight for block in model.blocks]
-    return all(takes_triton(weight) for weight in weights) and all(w.point.spec.short in BY_STAGES for w in wanted)
-
-
-def _scans(model: HookedMamba, n_runs: int, wanted: Sequence[Wanted]) -> dict[PlacedStates, list[int]]:
-    """Recorders of states, where the compiled scan can give them, and which of `wanted` each of them has."""
-    by_layer: dict[int, list[int]] = {}
-    for i, (point, places) in enumerate(wanted):
-        layer = point.layer
-        if point.spec.short != "state" or layer is None or not PlacedStates.suit(model, layer):
-            continue
-        if len(places.rows) and int(places.unique[-1]) >= 0:
-            by_layer.setdefault(layer, []).append(i)
-    return {
-        PlacedStates(
-            model,
-            layer,
-            n_runs,
-            torch.cat([wanted[i].places.rows for i in own]),
-            torch.cat([wanted[i].places.positions for i in own]),
-        ): own
-        for layer, own in by_layer.items()
-    }
+    """Whether the values can be had from the stages of the layers."""
+    recorded = all(stages_class(block.mixer).records_states for block in model.blocks)
+    return recorded and all(w.point.spec.short in BY_STAGES for w in wanted)

@@ -1,6 +1,7 @@
-"""Values of hooks at places of whole runs on a GPU, by the stages of the layers.
+"""Values of hooks at places of whole runs, by the stages of the layers.
 
-What recorders do, in a third of the launches: where few prompts go through a deep model, launching takes the time.
+What recorders do, on a GPU in a third of the launches: where few prompts go through a deep model, launching takes the
+time. And a recorder of states keeps the same positions of every run, where nearly all of them are thrown away.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ssminterp.models import HookedMamba
+from ssminterp.patching.compiled_stages import stages_of
 from ssminterp.patching.sites import Places, Wanted
-from ssminterp.patching.stages import Past, ScanInputs, every_A
-from ssminterp.patching.triton_stages import TritonStages
-from ssminterp_kernels.rows import Packing
+from ssminterp.patching.stages import Past, ScanInputs, Stages, every_A
+from ssminterp_kernels.rows import Packing, Recorded
 
 
 class _At(NamedTuple):
@@ -111,7 +112,7 @@ class _Runs:
         block = self.model.blocks[layer]
         device = block.mixer.conv1d.weight.device
         self.hidden = self.hidden.to(device)
-        stages = TritonStages(block, self._past(device), self.packing, self._A[layer])
+        stages = stages_of(block, self._past(device), self.packing, self._A[layer])
         mixer_in = stages.normed(self.hidden)
         in_x, gate = stages.projected(mixer_in)
         inputs = stages.scan_inputs(stages.activated(in_x))
@@ -142,7 +143,7 @@ class _Runs:
         ]
 
     def _scanned(
-        self, stages: TritonStages, inputs: ScanInputs, gate: Tensor, wanted: Sequence[Wanted]
+        self, stages: Stages, inputs: ScanInputs, gate: Tensor, wanted: Sequence[Wanted]
     ) -> tuple[Float[Tensor, "1 tokens d_inner"], list[Tensor]]:
         """The mixer's gated output, and the states wanted."""
         places = [w.places for w in wanted if w.point.spec.short == "state"]
@@ -153,7 +154,7 @@ class _Runs:
             self._states[key] = _States(places, self.packing.n, self.packing.tokens, gate.device)
         record = self._states[key]
         states = record.empty(stages.mixer.d_inner, stages.mixer.d_state)
-        return stages.gated_and_recorded(inputs, gate, record.slots, states), record.given(states)
+        return stages.gated(inputs, gate, Recorded(record.slots, states)), record.given(states)
 
     def _places(self, places: Places, device: torch.device) -> _At:
         key = id(places), device

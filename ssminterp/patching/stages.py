@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ssminterp.models import HookedMamba
 from ssminterp.models.mixers.mamba1 import SILU, HookedMambaMixer, weights_at_hand
 from ssminterp_kernels.causal_conv import Activation, causal_conv
-from ssminterp_kernels.rows import Packing
+from ssminterp_kernels.rows import Packing, Recorded
 from ssminterp_kernels.selective_scan import selective_scan
 
 # On the CPU, tokens × d_inner for each thread that go through a layer together: what one stage writes is then at hand
@@ -80,6 +80,9 @@ class Stages:
     A: of the mixer, from `every_A`; None means that it is still to be made.
     keep: the tokens of a tile, ascending, whose gated output is wanted, and gates are given; None means all.
     """
+
+    records_states = False
+    """Whether `gated` can write down states on its way."""
 
     def __init__(
         self, block: Any, past: Past, packing: Packing, A: Tensor | None = None, keep: list[int] | None = None
@@ -204,9 +207,16 @@ class Stages:
         return F.softplus(raw.float() if self.dt_bias is None else raw.float() + self.dt_bias)
 
     def gated(
-        self, inputs: ScanInputs, gate: Float[Tensor, "tiles n_keep d_inner"]
+        self,
+        inputs: ScanInputs,
+        gate: Float[Tensor, "tiles n_keep d_inner"],
+        record: Recorded | None = None,
     ) -> Float[Tensor, "tiles n_keep d_inner"]:
-        """(y + D x) · SiLU(gate) of the tokens that are kept, of rows that go on from the pasts of their sites."""
+        """(y + D x) · SiLU(gate) of the tokens that are kept, of rows that go on from the pasts of their sites.
+
+        record: which states to write where, of a single tile, by stages that can.
+        """
+        assert record is None
         state = tiled(self.past.state, len(inputs.x))
         if self.keep is None:
             return self._scan(inputs, self.packing, state, gate)[0]

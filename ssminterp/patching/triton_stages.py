@@ -6,17 +6,19 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ssminterp.patching.stages import ScanInputs, Stages, is_plain, product
 from ssminterp_kernels import rows
 from ssminterp_kernels.causal_conv import Activation
-from ssminterp_kernels.rows.triton_stages import Recorded, TritonScan, conv_rows, scan_rows
+from ssminterp_kernels.rows.triton_stages import TritonScan, conv_rows, scan_rows
 
 
 class TritonStages(Stages):
     """The same stages in few launches, of which each takes the CPU about as long as a small one takes the GPU."""
+
+    records_states = True
 
     def _conv(self, in_x: Float[Tensor, "tiles some_tokens d_inner"], activation: Activation) -> Tensor:
         return self._conv_of(in_x, None, in_x.shape[1], activation)
@@ -41,19 +43,11 @@ class TritonStages(Stages):
         return ScanInputs(x, product(dt.flatten(0, 1), module.weight).unflatten(0, dt.shape[:2]), B, C, raw=True)
 
     def gated(
-        self, inputs: ScanInputs, gate: Float[Tensor, "tiles n_keep d_inner"]
-    ) -> Float[Tensor, "tiles n_keep d_inner"]:
-        return scan_rows(self._triton_scan, rows.Early(*inputs), None, None, gate)
-
-    def gated_and_recorded(
         self,
         inputs: ScanInputs,
-        gate: Float[Tensor, "1 tokens d_inner"],
-        slots: Int[Tensor, " tokens"],
-        states: Float[Tensor, "m d_inner d_state"],
-    ) -> Float[Tensor, "1 tokens d_inner"]:
-        """`gated` of a single tile; the state after every token is written to its slot, where that is not negative."""
-        record = Recorded(slots, states)
+        gate: Float[Tensor, "tiles n_keep d_inner"],
+        record: rows.Recorded | None = None,
+    ) -> Float[Tensor, "tiles n_keep d_inner"]:
         return scan_rows(self._triton_scan, rows.Early(*inputs), None, None, gate, record=record)
 
     def rejoined(

@@ -84,6 +84,16 @@ class Rows:
                     out[tile, k] = ((h * C).sum(-1) + self.D.double() * x) * F.silu(z.double())
         return out
 
+    def expected_state(self, own: Early, token: int) -> torch.Tensor:
+        """The state after a token of the first tile, raw inputs."""
+        row, position = int(self.packing.rows[token]), int(self.packing.positions[token])
+        h = self.past[row].double()
+        for t in range(position + 1):
+            x, delta, B, _ = (tensor[0, self.packing.starts[t] + row].double() for tensor in own[:4])
+            step = F.softplus(delta + self.bias.double())
+            h = torch.exp(step[:, None] * self.A.double()) * h + (step * x)[:, None] * B
+        return h
+
 
 def expected_conv(
     packing: Packing,

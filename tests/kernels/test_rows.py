@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from row_cases import SHAPES, TILES, RowCase, Rows, assert_close, expected_conv
 
 from ssminterp_kernels import rows
-from ssminterp_kernels.selective_scan import selective_scan_reference
 
 
 class LowRank(Rows):
@@ -86,22 +85,17 @@ def test_rows_whose_state_is_another_at_first(case: LowRank, n_early: int) -> No
     assert_close(gated, expected)
 
 
-@pytest.mark.parametrize("span", [7, 3])
-def test_states_at_places_of_their_own_in_each_run(span: int) -> None:
-    case = Rows(RowCase([7], 48, 3, None))
-    runs = case.inputs(4, 7, raw=False)
-    places = [(0, 0), (0, 6), (2, 3), (3, 5)]
-    out, before = torch.zeros(len(places), 48, 3), rows.blocks(torch.zeros(4, 48, 3))
-    for start in range(0, 7, span):
-        slots = torch.full((4, min(span, 7 - start)), -1)
-        for i, (row, position) in enumerate(places):
-            if start <= position < start + span:
-                slots[row, position - start] = i
-        x, steps, B = (tensor[:, start : start + span] for tensor in runs[:3])
-        rows.recorded_states(case.A, x, steps, B, before, slots, out)
-    inputs = (tensor.double() for tensor in (runs.x, runs.delta, case.A, runs.B, runs.C))
-    states = selective_scan_reference(*inputs)[1]
-    assert_close(out, torch.stack([states[place] for place in places]))
+def test_states_on_the_way(case: LowRank) -> None:
+    given, projected = case.dt_inputs(1, case.packing.tokens)
+    gate = case.draw(1, len(case.keep), case.case.d_inner)
+    last = case.packing.tokens - 1
+    slots = torch.full((last + 1,), -1, dtype=torch.int32)
+    slots[[0, last]] = torch.tensor([2, 0], dtype=torch.int32)
+    states = torch.full((3, *case.A.shape), float("nan"))
+    gated = rows.scanned_rows(case.scan, *given[:4], gate, rows.Recorded(slots, states))
+    assert torch.equal(gated, rows.scanned_rows(case.scan, *given[:4], gate))
+    assert_close(states[slots[0]], case.expected_state(projected, 0))
+    assert_close(states[slots[last]], case.expected_state(projected, last))
 
 
 @pytest.mark.parametrize("width", [8, 16, 100])

@@ -12,7 +12,7 @@ if not HAS_GPU:
 
 from row_cases import SHAPES, TILES, RowCase, Rows, assert_close, expected_conv  # noqa: E402
 
-from ssminterp_kernels.rows import Packing  # noqa: E402
+from ssminterp_kernels.rows import Packing, Recorded  # noqa: E402
 from ssminterp_kernels.rows.triton_stages import TritonScan, conv_rows, scan_rows  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -72,3 +72,15 @@ def test_rows_whose_state_is_another_at_first(case: Rows, dtype: torch.dtype) ->
     assert torch.equal(
         scan_rows(scan_of(case), None, turned, base, gate), scan_rows(scan_of(case), None, states, base, gate)
     )
+
+
+def test_states_on_the_way(case: Rows, dtype: torch.dtype) -> None:
+    own, gate = case.inputs(1, case.packing.tokens), case.draw(1, len(case.keep), case.case.d_inner)
+    last = case.packing.tokens - 1
+    slots = torch.full((last + 1,), -1, dtype=torch.int32, device=DEVICE)
+    slots[[0, last]] = torch.tensor([2, 0], dtype=torch.int32, device=DEVICE)
+    states = torch.full((3, *case.A.shape), float("nan"), device=DEVICE)
+    gated = scan_rows(scan_of(case), own, None, None, gate, record=Recorded(slots, states))
+    assert torch.equal(gated, scan_rows(scan_of(case), own, None, None, gate))
+    assert_close(states[slots[0]], case.expected_state(own, 0), TOLERANCE[dtype])
+    assert_close(states[slots[last]], case.expected_state(own, last), TOLERANCE[dtype])

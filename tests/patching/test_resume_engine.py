@@ -34,7 +34,7 @@ def stages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def test_the_stages_are_those_asked_for(model: HookedMamba, stages: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    loops = ("normed", "conv_silu", "scanned_rows", "forked_rows", "recorded_states")
+    loops = ("normed", "conv_silu", "scanned_rows", "forked_rows")
     called = set()
 
     def counted(name: str, loop: Callable[..., object]) -> Callable[..., object]:

@@ -7,7 +7,6 @@ products (Gu & Dao 2023, arXiv:2312.00752, section 3), each in one pass over mem
     conv_silu         the causal conv and SiLU
     scanned_rows      Δ's bias and softplus, the scan, D and the gate
     forked_rows       the same for rows that differ from their tile's base rows at their first positions alone
-    recorded_states   states at places of their own in each run
     normed            RMS norm
 
 All take last axes that lie in one piece and d_inner a multiple of `LANES`, which `suits` tells.
@@ -15,12 +14,12 @@ All take last axes that lie in one piece and d_inner a multiple of `LANES`, whic
 
 from ssminterp_kernels.rows.mixer_stages import (
     Early,
+    Recorded,
     RowScan,
     blocks,
     conv_silu,
     forked_rows,
     normed,
-    recorded_states,
     scanned_rows,
     suits,
 )
@@ -29,12 +28,12 @@ from ssminterp_kernels.rows.packing import Packing
 __all__ = [
     "Early",
     "Packing",
+    "Recorded",
     "RowScan",
     "blocks",
     "conv_silu",
     "forked_rows",
     "normed",
-    "recorded_states",
     "scanned_rows",
     "suits",
 ]

@@ -158,8 +158,9 @@ def _conv_silu(counter, n_tasks, starts, lengths, in_x, window, taps, bias, x):
 
 @no_type_check
 def _scanned_rows(
-    counter, n_tasks, starts, lengths, x, delta, raw, dt_weight, bias, B, C, rate, D, gate, past, kept, gated
-):
+    counter, n_tasks, starts, lengths, x, delta, raw, dt_weight, bias, B, C, rate, D, gate, past, kept, slots, recorded,
+    gated,
+):  # fmt: skip
     n, n_blocks, d_state = past.shape[:3]
     states = _states(n_blocks, d_state)
     steps, inflows, outs = _scratch(SPAN * n_blocks), _scratch(SPAN * n_blocks), _scratch(SPAN * n_blocks)
@@ -189,6 +190,10 @@ def _scanned_rows(
                         _advance(h, rate, q, step, inflow, B, tile, token)
                     else:
                         store(outs, at, _advance_and_read(h, rate, q, step, inflow, B, C, tile, token))
+                    if token < slots.shape[0] and slots[token] >= 0:
+                        for lane in range(LANES):
+                            for m in range(d_state):
+                                recorded[slots[token], q * LANES + lane, m] = h[m, lane]
             for t in range(start, stop):
                 token = starts[t] + site
                 k = kept[token]
@@ -307,30 +312,6 @@ def _forked_rows(
 
 
 @no_type_check
-def _recorded_states(counter, n_tasks, x, delta, B, rate, carried, slots, states):
-    _, length, d_inner = x.shape
-    d_state = rate.shape[1]
-    h = _scratch(d_state)
-    while True:
-        row = next_task(counter)
-        if row >= n_tasks:
-            break
-        for q in range(d_inner // LANES):
-            c = q * LANES
-            _copy_block(carried, row, q, h)
-            for t in range(length):
-                step = load(delta, (row, t, c))
-                _advance(h, rate, q, step, step * load(x, (row, t, c)), B, row, t)
-                slot = slots[row, t]
-                if slot >= 0:
-                    for lane in range(LANES):
-                        for n in range(d_state):
-                            states[slot, c + lane, n] = h[n, lane]
-            for n in range(d_state):
-                store(carried, (row, q, n, 0), load(h, (n, 0)))
-
-
-@no_type_check
 def _normed(counter, n_tasks, rows_per_task, resid, weight, epsilon, normed):
     rows, width = resid.shape
     whole = width - width % LANES
@@ -365,9 +346,8 @@ _EARLY = (_VIEW_3D, _VIEW_3D, boolean, _VIEW_3D, _VIEW_3D, float32[:, :, :, :])
 _BASE = (_VIEW_3D, _VIEW_3D, _2D, _1D, _VIEW_3D, _VIEW_3D, _3D, _1D, _VIEW_3D)
 _KERNELS = {
     "conv_silu": (_conv_silu, (*_PACKING, _VIEW_3D, _VIEW_3D, _2D, _1D, _3D)),
-    "scanned_rows": (_scanned_rows, (*_PACKING, *_INPUTS, _3D, _1D, _VIEW_3D, _4D, _TABLE, _3D)),
+    "scanned_rows": (_scanned_rows, (*_PACKING, *_INPUTS, _3D, _1D, _VIEW_3D, _4D, _TABLE, _TABLE, _3D, _3D)),
     "forked_rows": (_forked_rows, (*_PACKING, *_EARLY, *_BASE, _VIEW_3D, _4D, _TABLE, _3D)),
-    "recorded_states": (_recorded_states, (_VIEW_3D, _VIEW_3D, _VIEW_3D, _3D, _4D, int32[:, ::1], _3D)),
     "normed": (_normed, (int64, _2D, _1D, float32, _2D)),
 }
 

@@ -69,6 +69,13 @@ class Early(NamedTuple):
     raw: bool
 
 
+class Recorded(NamedTuple):
+    """Where a scan writes states: `slots` has the place of the state after every token, or -1."""
+
+    slots: Int[Tensor, " tokens"]
+    states: Float[Tensor, "m d_inner d_state"]
+
+
 def suits(*tensors: Tensor, d_inner: int) -> bool:
     """Whether these functions take them."""
     return d_inner % LANES == 0 and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
@@ -108,12 +115,14 @@ def scanned_rows(
     B: Float[Tensor, "tiles tokens d_state"],
     C: Float[Tensor, "tiles tokens d_state"],
     gate: Float[Tensor, "tiles n_kept d_inner"],
+    record: Recorded | None = None,
 ) -> Float[Tensor, "tiles n_kept d_inner"]:
-    """(y + D x) · SiLU(gate) of every row, from its past."""
+    """(y + D x) · SiLU(gate) of every row, from its past. record: which states to write where, of a single tile."""
     gated = torch.empty(gate.shape)
-    inputs = (x, dt, True, scan.dt_weight, scan.bias, B, C, scan.rate, scan.D, gate, scan.past, scan.table, gated)
+    slots, states = record or (torch.empty(0, dtype=torch.int32), torch.empty(0, 0, 0))
+    inputs = (x, dt, True, scan.dt_weight, scan.bias, B, C, scan.rate, scan.D, gate, scan.past, scan.table, slots)
     seconds = _UPDATE * x.numel() * scan.past.shape[2]
-    _run("scanned_rows", len(x) * scan.packing.n, seconds, *scan.packing.arrays, *inputs)
+    _run("scanned_rows", len(x) * scan.packing.n, seconds, *scan.packing.arrays, *inputs, states, gated)
     return gated
 
 
@@ -147,23 +156,6 @@ def forked_rows(
     arrays = (*scan.packing.arrays, *starts, *inputs, gates, scan.past, scan.table, gated)
     _run("forked_rows", scan.packing.n * groups, seconds, *arrays)
     return gated
-
-
-def recorded_states(
-    A: Float[Tensor, "d_inner d_state"],
-    x: Float[Tensor, "runs pos d_inner"],
-    delta: Float[Tensor, "runs pos d_inner"],
-    B: Float[Tensor, "runs pos d_state"],
-    before: Float[Tensor, "runs n_blocks d_state lanes"],
-    slots: Int[Tensor, "runs pos"],
-    out: Float[Tensor, "m d_inner d_state"],
-) -> None:
-    """Write the states at some places of each run into `out`, and go on in `before`, which becomes the last states.
-
-    delta: Δ itself. slots: the row of `out` for the state there, or -1.
-    """
-    inputs = (x, delta, B, _rate(A), before, slots.int().contiguous(), out)
-    _run("recorded_states", len(x), _UPDATE * x.numel() * A.shape[1], *inputs)
 
 
 def normed(

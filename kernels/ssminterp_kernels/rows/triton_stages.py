@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ssminterp_kernels.backends import on_device_of
-from ssminterp_kernels.rows.mixer_stages import Early
+from ssminterp_kernels.rows.mixer_stages import Early, Recorded
 from ssminterp_kernels.rows.packing import Packing
 from ssminterp_kernels.rows.triton_kernels import conv_rows_kernel, scan_rows_kernel
 
@@ -38,13 +38,6 @@ class TritonScan(NamedTuple):
         places = torch.full((self.packing.tokens,), -1, dtype=torch.int32)
         places[list(self.kept)] = torch.arange(len(self.kept), dtype=torch.int32)
         return places.to(self.past.device, non_blocking=True)
-
-
-class Recorded(NamedTuple):
-    """Where a scan writes states: `slots` has the place of the state after every token, or -1."""
-
-    slots: Int[Tensor, " tokens"]
-    states: Float[Tensor, "m d_inner d_state"]
 
 
 def conv_rows(
