@@ -68,6 +68,10 @@ GPU_CASES = (
     ),
     ScanCase(length=3000, batch=1, d_inner=33, d_state=16, states=(0, 2999), strided=True, dtype=BF16),
     ScanCase(batch=70, length=16, d_inner=64, d_state=16, edit_positions=(3,)),
+    *(
+        ScanCase(length=70, d_inner=256, d_state=16, n_groups=2, dtype=dtype, edit_positions=(3, 64))
+        for dtype in (torch.float32, BF16)
+    ),
 )
 
 

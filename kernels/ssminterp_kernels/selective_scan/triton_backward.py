@@ -6,7 +6,7 @@ With g_t = dLoss/dstate_t (the adjoint), the scan runs backwards in time:
     dC_t = Σ_d dy_t state_t,  dB_t = Σ_d g_t Δ_t x_t,  dx_t = Δ_t Σ_n g_t B_t,
     dΔ_t = Σ_n g_t A_bar_t state_{t-1} A + x_t Σ_n g_t B_t,  dA = Σ_t g_t A_bar_t state_{t-1} Δ_t
 
-A segment is replayed forward once, leaving the state before every block of BLOCK_T positions in scratch; then the
+A segment is replayed forward once, leaving the states before its inner blocks of BLOCK_T positions in scratch; then the
 blocks are taken last to first: a block's states are replayed into shared memory and walked backwards. Sums over d_inner
 (dB, dC) and over batch and time (dA, dD, dbias) are written as partial sums per program and added up in a fixed order,
 so that the result does not depend on scheduling.
@@ -85,6 +85,18 @@ def _replayed(state, A2, step, inflow, B, t, edit, edits, edits_here, keep, add,
     return state, edit
 
 
+@jit
+@no_type_check
+def _boundary(boundaries, segment, place, TILE: tl.constexpr):
+    """The state before a segment; place: see `_replayed`."""
+    batch, d, n, tile_there = place
+    if boundaries is None:
+        state = full_tile(0.0, tile_there.shape[0], tile_there.shape[1], TILE)
+    else:
+        state = load_tile(boundaries, batch, segment, d, n, tile_there)
+    return state
+
+
 @jit(do_not_specialize=["length", "chunk_length", "n_chunks", "n_blocks", "group_size"])
 @no_type_check
 def scan_backward_kernel(
@@ -143,8 +155,8 @@ def scan_backward_kernel(
     dy: [batch, pos, d_inner]; dstates: [batch, n_recorded, d_inner, d_state] or None.
     dweights: [2 (B, C), batch, pos, n_blocks, d_state]; dchannels: [batch, n_chunks, (d_state + 2) × d_inner] (A, D,
     bias); dkeep, dadd: [batch, n_edits, d_inner, d_state]; dstart: [batch, 1, d_inner, d_state].
-    scratch: (pointer to [programs, SEGMENT / BLOCK_T, BLOCK_D, BLOCK_N],). POS: the strides of the position axes of x,
-    delta, z, B, C, dy, dx, ddelta, dz and dweights. MASK: some block of BLOCK_T positions or BLOCK_D channels is not
+    scratch: (pointer to [programs, SEGMENT / BLOCK_T - 2, BLOCK_D, BLOCK_N],). POS: the strides of the position axes of
+    x, delta, z, B, C, dy, dx, ddelta, dz and dweights. MASK: some block of BLOCK_T positions or BLOCK_D channels is not
     full; MASK_N: d_state is less than BLOCK_N. PARTS: see `Parts`; TILE and what follows: see `Layouts`.
 
     Positions are 32-bit numbers, because pairs of registers for them and their masks cost a twentieth of the time.
@@ -187,8 +199,8 @@ def scan_backward_kernel(
     sums_at = dweights[0] + (batch * length * n_blocks + block) * d_state
     sums_at += (sum_number // BLOCK_T).to(tl.int64)[:, None] * n_batch * length * n_blocks * d_state
     sums_at += sum_u[:, None] * POS[9] + sum_n[None, :]
-    own_scratch = scratch[0] + pid.to(tl.int64) * (SEGMENT // BLOCK_T) * BLOCK_N * BLOCK_D
-    scratch_tile = channel[:, None] * BLOCK_N + n[None, :]
+    own_scratch = scratch[0] + pid.to(tl.int64) * (SEGMENT // BLOCK_T - 2) * BLOCK_N * BLOCK_D
+    own_scratch += channel[:, None] * BLOCK_N + n[None, :]
     history = shared_tiles(BLOCK_T - 1, BLOCK_D, BLOCK_N, PLAIN)
     over_states = shared_tiles(2 * BLOCK_T, BLOCK_D, BLOCK_N // PARTS[0], PLAIN)
     over_channels = shared_sums(2 * BLOCK_T, PARTS[2], BLOCK_N)
@@ -217,15 +229,13 @@ def scan_backward_kernel(
         begin = first + (n_segments - 1 - back) * SEGMENT
         end = tl.minimum(begin + SEGMENT, stop)
         n_pieces = (end - begin + BLOCK_T - 1) // BLOCK_T
-        if boundaries is None:
-            state = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
-        else:
-            state = load_tile(boundaries, batch, begin // SEGMENT, d, n, tile_there)
-        tl.store(own_scratch + scratch_tile, state)
+        state = _boundary(boundaries, begin // SEGMENT, place, TILE)
         x_next = load_rows(x, x_start, lane, begin, begin, end, there, POS[0], BLOCK_T, MASK)
         delta_next = load_rows(delta, delta_start, lane, begin, begin, end, there, POS[1], BLOCK_T, MASK)
         B_block = load_weights(B_rows, begin, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
         for piece in range(1, n_pieces):
+            if piece > 1:
+                tl.store(own_scratch + (piece - 2) * BLOCK_N * BLOCK_D, state)
             t0 = begin + (piece - 1) * BLOCK_T
             x_here = x_next
             delta_here = delta_next
@@ -247,16 +257,15 @@ def scan_backward_kernel(
                 state, edit = _replayed(
                     state, A2, step, inflow, B_row, t0 + u, edit, edits, edits_here, keep, add, place
                 )
-            tl.store(own_scratch + piece * BLOCK_N * BLOCK_D + scratch_tile, state)
 
         t0 = begin + (n_pieces - 1) * BLOCK_T
         z_next = load_rows(z, z_start, lane, t0, begin, end, there, POS[2], BLOCK_T, MASK)
         dy_next = load_rows(dy, dy_start, lane, t0, begin, end, there, POS[5], BLOCK_T, MASK)
         C_block = load_weights(C_rows, t0, begin, end, row_u, row_there, POS[4], BLOCK_T, MASK or MASK_N)
+        before = state
         for later in range(0, n_pieces):
             piece = n_pieces - 1 - later
             t0 = begin + piece * BLOCK_T
-            before = tl.load(own_scratch + piece * BLOCK_N * BLOCK_D + scratch_tile)
             put(B_shared, B_block.to(tl.float32))
             put(C_shared, C_block.to(tl.float32))
             x_here = ()
@@ -363,6 +372,10 @@ def scan_backward_kernel(
             sums_mask = sum_there & (t0 + sum_u < end)[:, None]
             sums = take_over_channels(over_channels, SUMS)
             store_masked(sums_at + t0.to(tl.int64) * POS[9], sums, sums_mask, MASK or MASK_N)
+            if piece > 1:
+                before = tl.load(own_scratch + (piece - 2) * BLOCK_N * BLOCK_D)
+            else:
+                before = _boundary(boundaries, begin // SEGMENT, place, TILE)
 
     channel_sums = dchannels[0] + (batch * n_chunks + chunk) * (d_state + 2) * d_inner
     tl.store(channel_sums + d[:, None] * d_state + n[None, :], dA, mask=tile_there)

@@ -22,7 +22,13 @@ from ssminterp_kernels.selective_scan.triton_forward import (
 )
 from ssminterp_kernels.selective_scan.triton_layouts import layouts_of, parts_of
 from ssminterp_kernels.selective_scan.triton_math import NUMBER, TILE, WIDE
-from ssminterp_kernels.selective_scan.triton_plan import SEGMENT, Plan, plan_backward, plan_scan, processor_count
+from ssminterp_kernels.selective_scan.triton_plan import (
+    SEGMENT,
+    Plan,
+    plan_backward,
+    plan_scan,
+    processor_count,
+)
 
 BLOCK_T = 4  # positions whose states the backward pass holds in shared memory
 
@@ -327,7 +333,7 @@ def _backward(*arguments: Any) -> tuple[Tensor | None, ...]:
     dstart = None if s.initial_state is None else new_states(s, batch)
     block_t = BLOCK_T if plan.block_n <= 32 else 2
     layouts = layouts_of(plan.block_d, plan.block_n, block_t, plan.num_warps)
-    scratch = new(plan.programs(batch), SEGMENT // block_t, plan.block_d, plan.block_n)
+    scratch = new(plan.programs(batch), SEGMENT // block_t - 2, plan.block_d, plan.block_n)
     edits, keep, add, recorded = edit_table(s.edits), strided(s.keep), strided(s.add), position_table(s.recorded)
     tiles = {"BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "num_warps": plan.num_warps}
     future = strided_state(dfinal)
