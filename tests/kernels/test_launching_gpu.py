@@ -10,9 +10,17 @@ from scan_cases import relative_error
 from torch import Tensor
 
 from ssminterp_kernels.causal_conv import causal_conv, causal_conv_step
+from ssminterp_kernels.causal_conv import interface as conv_interface
+from ssminterp_kernels.scan_step import interface as step_interface
 from ssminterp_kernels.scan_step import selective_scan_step
-from ssminterp_kernels.selective_scan import StateEdits, selective_scan
+from ssminterp_kernels.selective_scan import StateEdits, contract, selective_scan
+from ssminterp_kernels.selective_scan import interface as scan_interface
 from ssminterp_kernels.selective_scan.contract import ScanRun, contract_with_adjoint
+
+pytest.importorskip("triton")
+
+from ssminterp_kernels.causal_conv import triton_conv
+from ssminterp_kernels.selective_scan import triton_scan
 
 pytestmark = pytest.mark.gpu
 
@@ -154,3 +162,30 @@ def test_launches_go_to_the_device_of_their_tensors() -> None:
             both(causal_conv, x, weight, window=window)
             both(causal_conv_step, x[:, 0], window, weight)
             both(selective_scan_step, state, x[:, 0], x[:, 0].abs(), A, *at_0)
+
+
+def test_the_operators_are_repeated() -> None:
+    """Whatever they come to do besides allocating and launching would keep them from it, and show in no result."""
+    marked: tuple[Any, ...] = (
+        *(scan_interface._final_state_alone, triton_scan._forward, triton_scan._backward),
+        *(contract._contract_again, conv_interface._conv_again, conv_interface._step_again),
+        *(triton_conv.conv_forward, triton_conv._backward, step_interface._step_again),
+    )
+    for function in marked:
+        function.known.clear()
+    for length in (16, 300):
+        inputs = scan_inputs(length, 0)
+        x, A, weight, window = inputs["x"], inputs["A"], draw(D_INNER, 4), draw(2, D_INNER, 4)
+        selective_scan(**inputs, delta_softplus=True)
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+        selective_scan(**leaves, delta_softplus=True).y.sum().backward()
+        run = ScanRun(x, inputs["delta"], inputs["B"])
+        contract_with_adjoint(run, run, draw(2, length, D_INNER), A, inputs["C"], sum_d_inner=True)
+        causal_conv(x, weight)
+        causal_conv(leaves["x"], weight).y.sum().backward()
+        causal_conv_step(x[:, 0], window, weight)
+        at_0 = (x[:, 0], x[:, 0].abs(), A, inputs["B"][:, 0], inputs["C"][:, 0])
+        selective_scan_step(inputs["initial_state"], *at_0)
+    for function in marked:
+        assert function.known
+        assert None not in function.known.values(), function
