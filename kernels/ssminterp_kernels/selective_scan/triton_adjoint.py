@@ -1,6 +1,9 @@
 """The scan of adjoints alone, backwards in time: it needs no states, so it costs what the forward scan costs.
 
 It summarises chunks for the backward scan of long thin shapes, and emits dLoss/dstate_t at chosen positions or all.
+
+As in `triton_forward`, positions are taken in tiles without branches. Going backwards, a tile stops at an edit and
+before a position whose adjoint is emitted or whose state has a gradient; what happens there happens between tiles.
 """
 
 from __future__ import annotations
@@ -10,52 +13,127 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from ssminterp_kernels.selective_scan.triton_math import (
-    any_between,
-    channel_rows,
-    count_before,
-    load_A2,
-    load_channels,
-    load_masked,
-    load_tile,
-    position_or_never,
-    program_place,
-    sigmoid,
-    step_size,
-    store_state,
-    touch_weights,
-    use_touched,
-    weight_rows,
-    with_state_gradient,
+from ssminterp_kernels.selective_scan.triton_backward_loads import count_before, load_row, load_tile
+from ssminterp_kernels.selective_scan.triton_layouts import (
+    channel_numbers,
+    full_row,
+    full_tile,
+    jit,
+    position_numbers,
+    put,
+    row_state_numbers,
+    shared_rows,
+    state_numbers,
+    take_column,
+    take_row,
+)
+from ssminterp_kernels.selective_scan.triton_math import LOG2E, sigmoid, step_size
+from ssminterp_kernels.selective_scan.triton_rows import (
+    load_block,
+    load_per_channel,
+    load_rows,
+    load_weight_row,
+    load_weights,
+    store_spread,
 )
 
 
-@triton.jit
+@jit
 @no_type_check
-def _load_rows(
-    delta_rows, dy_rows, z_rows, z, t0, first, stop, there, POS: tl.constexpr, MASK: tl.constexpr, UNROLL: tl.constexpr
+def _position(positions, i):
+    """The i-th of the positions, or -1; in 32 bits, which are one register."""
+    found = tl.load(positions + tl.maximum(i, 0)).to(tl.int32)
+    return tl.where(i >= 0, found, -1)
+
+
+@jit
+@no_type_check
+def _gated(dy_row, z_row, z):
+    """dLoss/d(y before the gate), float32."""
+    dy_row = dy_row.to(tl.float32)
+    if z is not None:
+        gate = z_row.to(tl.float32)
+        dy_row *= gate * sigmoid(gate)
+    return dy_row
+
+
+@jit
+@no_type_check
+def _rows_ahead(
+    delta,
+    dy,
+    z,
+    batch,
+    d0,
+    lane,
+    there,
+    across,
+    t,
+    POS: tl.constexpr,
+    EMIT_ALL: tl.constexpr,
+    MASK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """delta, dy and z (zeros if there is none) at UNROLL positions from t0 on, or from first on if t0 lies before it.
+    """delta, dy and z at UNROLL positions from t on: rows, or for `_emitted_tile` blocks."""
+    if EMIT_ALL:
+        u, lane, there = across
+        delta_rows = load_block(delta, batch, d0, t, u, lane, there, POS[0])
+        dy_rows = load_block(dy, batch, d0, t, u, lane, there, POS[1])
+        z_rows = load_block(z, batch, d0, t, u, lane, there, POS[3])
+    else:
+        delta_rows = load_rows(delta, batch, d0, lane, t, there, POS[0], MASK_D, UNROLL)
+        dy_rows = load_rows(dy, batch, d0, lane, t, there, POS[1], MASK_D, UNROLL)
+        z_rows = load_rows(z, batch, d0, lane, t, there, POS[3], MASK_D, UNROLL)
+    return delta_rows, dy_rows, z_rows
 
-    MASK: zeros from stop on.
+
+@jit
+@no_type_check
+def _emitted_tile(
+    carry,
+    A2,
+    bias_across,
+    blocks,
+    C_shared,
+    shared,
+    z,
+    adjoints,
+    place,
+    across,
+    window,
+    low,
+    top,
+    SOFTPLUS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
+    SPREAD: tl.constexpr,
+):
+    """What goes on from the positions low..top of the UNROLL that begin at window, whose adjoints are written.
+
+    blocks: delta, dy and z [pos, channel]; shared: places of such blocks; place: batch, d0, d_end, d_state.
     """
-    at = tl.maximum(t0, first)
-    delta_at = delta_rows + at * POS[0]
-    dy_at = dy_rows + at * POS[1]
-    z_at = z_rows + at * POS[3]
-    rows = ()
-    for u in tl.static_range(UNROLL):
-        mask = there & (at + u < stop)
-        rows = rows + (load_masked(delta_at + u * POS[0], mask, MASK),)
-        rows = rows + (load_masked(dy_at + u * POS[1], mask, MASK),)
-        if z is None:
-            rows = rows + (0.0,)
-        else:
-            rows = rows + (load_masked(z_at + u * POS[3], mask, MASK),)
-    return rows
+    batch, d0, d_end, d_state = place
+    steps, gated = shared
+    step_block = step_size(blocks[0][0], bias_across[None, :], SOFTPLUS)
+    dy_block = _gated(blocks[1][0], blocks[2][0], z)
+    if PARTIAL:
+        inside = ((window + across[0] >= low) & (window + across[0] <= top))[:, None]
+        step_block = tl.where(inside, step_block, 0.0)
+        dy_block = tl.where(inside, dy_block, 0.0)
+    put(steps, step_block)
+    put(gated, dy_block)
+    for u in tl.static_range(UNROLL - 1, -1, -1):
+        d_shown = d_end
+        if PARTIAL:
+            d_shown = tl.where((window + u >= low) & (window + u <= top), d_end, 0)
+        adjoint = carry + take_row(C_shared, u, TILE) * take_column(gated, u, TILE)
+        store_spread(adjoints, batch, window + u, d0, d_shown, d_state, adjoint, SPREAD)
+        carry = tl.exp2(take_column(steps, u, TILE) * A2) * adjoint
+    return carry
 
 
-@triton.jit(do_not_specialize=["length", "chunk_length", "n_chunks", "n_blocks", "group_size", "zero"])
+@jit(do_not_specialize=["length", "chunk_length", "n_chunks", "n_blocks", "group_size"])
 @no_type_check
 def scan_adjoint_kernel(
     delta,
@@ -69,7 +147,7 @@ def scan_adjoint_kernel(
     dy,
     dstates,
     future,
-    emitted_positions,
+    emitted,
     adjoints,
     decays,
     locals_,
@@ -79,97 +157,194 @@ def scan_adjoint_kernel(
     n_blocks,
     group_size,
     d_state,
-    zero,
     POS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    MASK: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    MASK_D: tl.constexpr,
     MASK_N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
+    SPREAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):
     """One program: one batch element, one chunk, BLOCK_D channels of one group; see `scan_backward_kernel`.
 
     If decays is given: future is None, and a chunk's effect on the adjoint after it goes to decays and locals_ [batch,
     chunks, d_inner, d_state], for all chunks but the first, which none precedes: n_chunks counts the others. Else
-    dLoss/dstate_t goes to adjoints [batch, n_emitted, d_inner, d_state], at emitted_positions (positions, n_emitted) or
-    at all positions if that is None. POS: the strides of the position axes of delta, dy, C and z. MASK: some
-    block of UNROLL positions or BLOCK_D channels is not full; MASK_N: d_state is less than BLOCK_N.
+    dLoss/dstate_t goes to adjoints [batch, n_emitted, d_inner, d_state], at the positions emitted (positions,
+    n_emitted) or at all positions if that is None. POS: the strides of the position axes of delta, dy, C and z.
+    PARTIAL: some tile may hold less than UNROLL positions; MASK_D: some block has less than BLOCK_D channels; MASK_N:
+    d_state is less than BLOCK_N.
     """
-    batch, chunk, _block, group, d, there = program_place(n_blocks, n_chunks, group_size, BLOCK_D)
+    pid = tl.program_id(0)
+    block = pid % n_blocks
+    chunk = (pid // n_blocks) % n_chunks
+    batch = (pid // n_blocks // n_chunks).to(tl.int64)
     if decays is not None:
         chunk += 1
-    n = tl.arange(0, BLOCK_N)
+    blocks_per_group = (group_size + BLOCK_D - 1) // BLOCK_D
+    group = block // blocks_per_group
+    lane = channel_numbers(BLOCK_D, TILE)
+    d0 = (group * group_size + (block % blocks_per_group) * BLOCK_D).to(tl.int64)
+    d_end = (group + 1) * group_size
+    d = d0 + lane
+    there = d < d_end
+    n = state_numbers(BLOCK_N, TILE)
     n_there = n < d_state
-    tile_there = n_there[:, None] & there[None, :]
-    A2 = load_A2(A, d, n, tile_there, zero)
-    bias_row = load_channels(bias, d, there)
-    delta_rows = channel_rows(delta, batch, d)
-    dy_rows = channel_rows(dy, batch, d)
-    z_rows = dy_rows if z is None else channel_rows(z, batch, d)
-    C_rows = weight_rows(C, batch, group, n)
-    edits_here = delta_rows
-    if edits is not None:
-        edits_here = edits[0] + batch * edits[1]
+    tile_there = there[:, None] & n_there[None, :]
+    A2 = tl.load(A[0] + (d[:, None] * A[1] + n[None, :] * A[2]), mask=tile_there, other=0.0).to(tl.float32) * LOG2E
+    bias_row = load_row(bias, d, there, BLOCK_D, TILE)
+    row_u = position_numbers(UNROLL, ROWS)
+    row_n = row_state_numbers(BLOCK_N, ROWS)
+    row_there = (row_n < d_state)[None, :] & (row_u >= 0)[:, None]
+    C_shared = shared_rows(UNROLL, BLOCK_N, PLAIN)
+    # Where every adjoint is written the lanes of a channel share what is computed once for it: see `_recorded_tile`.
+    EMIT_ALL: tl.constexpr = decays is None and emitted is None
+    across = (lane, lane, there)
+    bias_across = bias_row
+    shared = (C_shared, C_shared)
+    if EMIT_ALL:
+        lane_across = row_state_numbers(BLOCK_D, BLOCK)
+        u_across = position_numbers(UNROLL, BLOCK)
+        there_across = d0 + lane_across < d_end
+        across = (u_across, lane_across, there_across[None, :] & (u_across >= 0)[:, None])
+        bias_across = load_per_channel(bias, d0 + lane_across, there_across)
+        shared = (shared_rows(UNROLL, BLOCK_D, PLAIN), shared_rows(UNROLL, BLOCK_D, PLAIN))
     if future is None:
-        carry = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        carry = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
     else:
-        carry = load_tile(future, batch, chunk, d, n, tile_there, zero)
-    decay = tl.full((BLOCK_N, BLOCK_D), 1.0, tl.float32)
-    elapsed = tl.zeros((BLOCK_D,), tl.float32)
+        carry = load_tile(future, batch, chunk, d, n, tile_there)
+    elapsed = full_row(0.0, BLOCK_D, TILE)  # since the last edit
+    decay = full_tile(1.0, BLOCK_D, BLOCK_N, TILE)  # up to the last edit
 
     first = chunk * chunk_length
     stop = tl.minimum(first + chunk_length, length)
-    n_blocks_of_time = tl.cdiv(stop - first, UNROLL)
-    t0 = first + (n_blocks_of_time - 1) * UNROLL
-    upcoming = _load_rows(delta_rows, dy_rows, z_rows, z, t0, first, stop, there, POS, MASK, UNROLL)
-    C_ahead = touch_weights(C, batch, group, d_state, t0, stop, POS[2], UNROLL)
-    touched = tl.zeros((32,), tl.float32)
-    for later in tl.range(0, n_blocks_of_time):
-        t0 = first + (n_blocks_of_time - 1 - later) * UNROLL
-        rows = upcoming
-        upcoming = _load_rows(delta_rows, dy_rows, z_rows, z, t0 - UNROLL, first, stop, there, POS, MASK, UNROLL)
-        touched += C_ahead
-        if t0 > first:
-            C_ahead = touch_weights(C, batch, group, d_state, t0 - UNROLL, stop, POS[2], UNROLL)
-        C_at = C_rows + t0 * POS[2]
-        edited = False
+    if edits is not None:
+        edits_here = edits[0] + batch * edits[1]
+        edit = count_before(edits_here, edits[2], stop) - 1
+        next_edit = _position(edits_here, edit)
+    GRADIENTS: tl.constexpr = dstates is not None and recorded is not None
+    if GRADIENTS:
+        record = count_before(recorded[0], recorded[1], stop) - 1
+        next_record = _position(recorded[0], record)
+    if emitted is not None:
+        emission = count_before(emitted[0], emitted[1], stop) - 1
+        next_emission = _position(emitted[0], emission)
+
+    top = stop - 1
+    window = tl.maximum(stop - UNROLL, 0)
+    ahead = _rows_ahead(delta, dy, z, batch, d0, lane, there, across, window, POS, EMIT_ALL, MASK_D, UNROLL)
+    C_next = load_weights(C, batch, group, window, row_u, row_n, row_there, POS[2], MASK_N)
+    while top >= first:
+        # Positions low..top of the UNROLL that begin at window.
+        window = tl.maximum(top + 1 - UNROLL, 0)
+        low = tl.maximum(top + 1 - UNROLL, first)
+        if GRADIENTS:
+            if top == next_record:
+                carry += load_tile(dstates, batch, record, d, n, tile_there)
+                record -= 1
+                next_record = _position(recorded[0], record)
+            low = tl.maximum(low, next_record + 1)
+        if emitted is not None:
+            if top == next_emission:
+                dy_row = load_rows(dy, batch, d0, lane, top, there, POS[1], MASK_D, 1)[0]
+                z_row = load_rows(z, batch, d0, lane, top, there, POS[3], MASK_D, 1)[0]
+                C_row = load_weight_row(C, batch, group, top, n, n_there, POS[2], MASK_N)
+                adjoint = carry + C_row * _gated(dy_row, z_row, z)[:, None]
+                store_spread(adjoints, batch, emission, d0, d_end, d_state, adjoint, SPREAD)
+                emission -= 1
+                next_emission = _position(emitted[0], emission)
+            low = tl.maximum(low, next_emission + 1)
         if edits is not None:
-            edited = any_between(edits_here, edits[2], t0, t0 + UNROLL)
-        for u in tl.static_range(UNROLL - 1, -1, -1):
-            t = t0 + u
-            step = step_size(rows[3 * u], bias_row, SOFTPLUS)
-            if MASK:
-                step = tl.where(t < stop, step, 0.0)
-            dy_row = rows[3 * u + 1].to(tl.float32)
-            if z is not None:
-                gate = rows[3 * u + 2].to(tl.float32)
-                dy_row *= gate * sigmoid(gate)
-            C_row = load_masked(C_at + u * POS[2], n_there & (t < stop), MASK or MASK_N).to(tl.float32)
-            adjoint = carry + C_row[:, None] * dy_row[None, :]
-            adjoint = with_state_gradient(adjoint, t, recorded, dstates, batch, d, n, tile_there & (t < stop), zero)
-            if decays is None:
-                if emitted_positions is None:
-                    store_state(adjoints, batch, t, d, n, adjoint, tile_there & (t < stop))
-                else:
-                    emit = count_before(emitted_positions[0], emitted_positions[1], t)
-                    if position_or_never(emitted_positions[0], emit, emitted_positions[1]) == t:
-                        store_state(adjoints, batch, emit, d, n, adjoint, tile_there)
-            A_bar = tl.exp2(step[None, :] * A2)
-            if edits is None:
-                elapsed += step
-            else:
-                decay *= A_bar
-                if edited:
-                    edit = count_before(edits_here, edits[2], t)
-                    if position_or_never(edits_here, edit, edits[2]) == t:
-                        kept = load_tile(keep, batch, edit, d, n, tile_there, zero)
-                        adjoint *= kept
-                        decay *= kept
-            carry = A_bar * adjoint
+            low = tl.maximum(low, next_edit)
+        rows = ahead
+        C_rows = C_next.to(tl.float32)
+        if PARTIAL:
+            active = (window + row_u >= low) & (window + row_u <= top)
+            C_rows = tl.where(active[:, None], C_rows, 0.0)
+        put(C_shared, C_rows)
+        window_next = tl.maximum(low - UNROLL, 0)
+        ahead = _rows_ahead(delta, dy, z, batch, d0, lane, there, across, window_next, POS, EMIT_ALL, MASK_D, UNROLL)
+        C_next = load_weights(C, batch, group, window_next, row_u, row_n, row_there, POS[2], MASK_N)
+        if EMIT_ALL:
+            place = (batch, d0, d_end, d_state)
+            carry = _emitted_tile(
+                *(carry, A2, bias_across, rows, C_shared, shared, z, adjoints, place, across, window, low, top),
+                *(SOFTPLUS, PARTIAL, UNROLL, TILE, SPREAD),
+            )
+        else:
+            for u in tl.static_range(UNROLL - 1, -1, -1):
+                t = window + u
+                step = step_size(rows[0][u], bias_row, SOFTPLUS)
+                dy_row = _gated(rows[1][u], rows[2][u], z)
+                t_there = tile_there
+                if PARTIAL:
+                    inside = (t >= low) & (t <= top)
+                    step = tl.where(inside, step, 0.0)
+                    dy_row = tl.where(inside, dy_row, 0.0)
+                    t_there = tile_there & inside
+                adjoint = carry + take_row(C_shared, u, TILE) * dy_row[:, None]
+                if dstates is not None and recorded is None:
+                    adjoint += load_tile(dstates, batch, t, d, n, t_there)
+                carry = tl.exp2(step[:, None] * A2) * adjoint
+                if decays is not None:
+                    elapsed += step
+        if edits is not None:
+            if low == next_edit:
+                kept = load_tile(keep, batch, edit, d, n, tile_there)
+                carry *= kept
+                if decays is not None:
+                    decay *= tl.exp2(elapsed[:, None] * A2) * kept
+                    elapsed = full_row(0.0, BLOCK_D, TILE)
+                edit -= 1
+                next_edit = _position(edits_here, edit)
+        top = low - 1
     if decays is not None:
-        if edits is None:
-            decay = tl.exp2(elapsed[None, :] * A2)
-        store_state(decays, batch, chunk, d, n, decay, tile_there)
-        store_state(locals_, batch, chunk, d, n, carry, tile_there)
-    use_touched(touched, C if decays is None else decays, zero)
+        decay *= tl.exp2(elapsed[:, None] * A2)
+        store_spread(decays, batch, chunk, d0, d_end, d_state, decay, SPREAD)
+        store_spread(locals_, batch, chunk, d0, d_end, d_state, carry, SPREAD)
+
+
+@triton.jit(do_not_specialize=["n_chunks"])
+@no_type_check
+def combine_chunks_kernel(
+    decays, locals_, start, n_chunks, d_state, whole, BACKWARD: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr
+):
+    """Overwrite locals_ [batch, n_chunks, d_inner × d_state] by the state with which every chunk begins.
+
+    start: the state before the first chunk, as (pointer, strides of batch, d_inner, d_state), or None for zeros.
+    BACKWARD runs from the last chunk to the first, for adjoints. AHEAD chunks are loaded before any is written, because
+    no load moves ahead of a store that it might depend on.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < whole
+    if start is None:
+        state = tl.zeros((BLOCK,), tl.float32)
+    else:
+        d = (i // d_state).to(tl.int64)
+        n = i % d_state
+        state = tl.load(start[0] + batch * start[1] + d * start[2] + n * start[3], mask=inside, other=0.0).to(
+            tl.float32
+        )
+    # The effect of the last chunk was not computed: its place only takes a state.
+    for k in tl.range(0, n_chunks - 1, AHEAD):
+        effects = ()
+        for u in tl.static_range(AHEAD):
+            chunk = n_chunks - 1 - k - u if BACKWARD else k + u
+            at = (batch * n_chunks + chunk) * whole + i
+            there = inside & (k + u < n_chunks - 1)
+            effects = effects + (tl.load(decays + at, mask=there, other=0.0),)
+            effects = effects + (tl.load(locals_ + at, mask=there, other=0.0),)
+        for u in tl.static_range(AHEAD):
+            chunk = n_chunks - 1 - k - u if BACKWARD else k + u
+            at = (batch * n_chunks + chunk) * whole + i
+            there = inside & (k + u < n_chunks - 1)
+            tl.store(locals_ + at, state, mask=there)
+            state = tl.where(there, effects[2 * u] * state + effects[2 * u + 1], state)
+    last = 0 if BACKWARD else n_chunks - 1
+    tl.store(locals_ + (batch * n_chunks + last) * whole + i, state, mask=inside)

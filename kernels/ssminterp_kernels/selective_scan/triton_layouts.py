@@ -33,6 +33,19 @@ class Layouts(NamedTuple):
     values: Any
 
 
+class ForwardLayouts(NamedTuple):
+    """As `Layouts`; spread: tiles whose lanes lie side by side along d_state, so that stores fill whole lines.
+
+    block: numbers per channel at several positions [pos, channel], which every thread has some of.
+    """
+
+    tile: Any
+    spread: Any
+    block: Any
+    rows: Any
+    plain: Any
+
+
 class Parts(NamedTuple):
     """How a tile [channel, d_state] is split: into parts of as many states of a channel, and of as many channels.
 
@@ -57,6 +70,9 @@ if INTERPRETED:
 
     def layouts_of(block_d: int, block_n: int, block_t: int, num_warps: int) -> Layouts:
         return Layouts(None, None, None, None, None, None)
+
+    def forward_layouts_of(block_d: int, block_n: int, unroll: int, num_warps: int, per_thread: int) -> ForwardLayouts:
+        return ForwardLayouts(None, None, None, None, None)
 
     @no_type_check
     def channel_numbers(BLOCK_D, TILE):
@@ -124,6 +140,21 @@ if INTERPRETED:
         return tl.sum(tl.where(at[:, None], place[0], 0.0), 0)[None, :]
 
     @no_type_check
+    def spread(tile, SPREAD):
+        return tile
+
+    @no_type_check
+    def take_column(place, i, TILE):
+        at = tl.arange(0, place[0].shape[0]) == i
+        return tl.sum(tl.where(at[:, None], place[0], 0.0), 0)[:, None]
+
+    @no_type_check
+    def put_column(place, i, column, COUNT):
+        if place[0] is None:
+            place[0] = tl.zeros((COUNT, column.shape[0]), tl.float32)
+        place[0] = tl.where((tl.arange(0, COUNT) == i)[:, None], tl.trans(column), place[0])
+
+    @no_type_check
     def put_over_states(place, tile, STATES):
         place[0] = tl.sum(tile, 1)
 
@@ -172,6 +203,19 @@ else:
         apart = groups.bit_length() - 1
         values = gl.SharedLinearLayout([*slots[apart:], *slots[:apart]])
         return Layouts(tile, lines, sums, rows, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]), values)
+
+    def forward_layouts_of(block_d: int, block_n: int, unroll: int, num_warps: int, per_thread: int) -> ForwardLayouts:
+        """per_thread: how many states of a channel a thread holds, at most."""
+        warps = [num_warps, 1]
+        tiles = []
+        for many in (per_thread, 4):
+            lanes = min(32, block_n // min(block_n, many))
+            tiles.append(gl.BlockedLayout([1, min(block_n, many)], [32 // lanes, lanes], warps, [1, 0]))
+        block = gl.BlockedLayout([1, 1], [1, 32], warps, [1, 0])
+        lanes = min(block_n, 32)
+        of_t = max(1, unroll * lanes // (32 * num_warps))
+        rows = gl.BlockedLayout([of_t, block_n // lanes], [32 // lanes, lanes], warps, [1, 0])
+        return ForwardLayouts(*tiles, block, rows, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
     @jit
     @no_type_check
@@ -235,7 +279,7 @@ else:
     @jit
     @no_type_check
     def shared_rows(BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr):
-        """A place for BLOCK_T rows of B or C."""
+        """A place for BLOCK_T rows of B or C, or of numbers per channel."""
         return gl.allocate_shared_memory(gl.float32, [BLOCK_T, BLOCK_N], PLAIN)
 
     @jit
@@ -255,6 +299,7 @@ else:
     @jit
     @no_type_check
     def take_tile(place, TILE: tl.constexpr):
+        """All that was put there."""
         return place.load(TILE)
 
     @jit
@@ -268,6 +313,23 @@ else:
     def take_row(place, i, TILE: tl.constexpr):
         """Row i [1, BLOCK_N] of B or C."""
         return place.slice(i, 1).load(TILE)
+
+    @jit
+    @no_type_check
+    def spread(tile, SPREAD: tl.constexpr):
+        return gl.convert_layout(tile, SPREAD)
+
+    @jit
+    @no_type_check
+    def take_column(place, i: tl.constexpr, TILE: tl.constexpr):
+        """Row i of a block [pos, channel] as a column [channel, 1]."""
+        return place.slice(i, 1).permute((1, 0)).load(TILE)
+
+    @jit
+    @no_type_check
+    def put_column(place, i: tl.constexpr, column, COUNT: tl.constexpr):
+        """Write a column [channel, 1] to row i of a block of COUNT positions."""
+        place.slice(i, 1).permute((1, 0)).store(column)
 
     @jit
     @no_type_check

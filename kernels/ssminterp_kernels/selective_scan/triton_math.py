@@ -19,8 +19,6 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(1 << 62)  # a position that no sequence reaches
-# How items [d_inner, d_state] lie in memory: in any way, d_state contiguous and aligned, or one number for all.
-TILE, WIDE, NUMBER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -125,50 +123,6 @@ def state_tile(tensor, batch, i, d, n, zero):
 
 @triton.jit
 @no_type_check
-def store_state(tensor, batch, i, d, n, value, mask):
-    """Write item i of a tensor [batch, i, d_inner, d_state].
-
-    Here the compiler is to see that d_state is contiguous: it then rearranges the tile in shared memory and writes
-    whole stretches of memory. Rows of 32 channels, d_inner apart, reached a sixth of the bandwidth.
-    """
-    offsets = d[None, :] * tensor[3] + n[:, None] * tensor[4]
-    tl.store(item(tensor, batch, i) + offsets, value, mask=mask)
-
-
-@triton.jit
-@no_type_check
-def _wide(pointer, d, d_stride, BLOCK_N: tl.constexpr):
-    """Pointers [BLOCK_D, BLOCK_N / W, W] to what `tile` points to if d_state is contiguous; W numbers are 16 bytes.
-
-    The compiler lays this out with 16 bytes in a row for a thread and neighbouring channels in neighbouring threads, so
-    a thread has the same numbers as in a `tile`, by a quarter of the instructions.
-    """
-    W: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
-    many = tl.arange(0, BLOCK_N // W) * W
-    return pointer + (d[:, None, None] * d_stride + many[None, :, None] + tl.arange(0, W)[None, None, :])
-
-
-@triton.jit
-@no_type_check
-def load_wide(pointer, d, d_stride, there, BLOCK_N: tl.constexpr):
-    """Float32 [BLOCK_N, BLOCK_D] from memory in which the d_state = BLOCK_N numbers of a channel are contiguous."""
-    BLOCK_D: tl.constexpr = d.shape[0]
-    values = tl.load(_wide(pointer, d, d_stride, BLOCK_N), mask=there[:, None, None], other=0.0)
-    return tl.reshape(tl.permute(values.to(tl.float32), (1, 2, 0)), (BLOCK_N, BLOCK_D))
-
-
-@triton.jit
-@no_type_check
-def store_wide(pointer, d, d_stride, value, there):
-    """Write [BLOCK_N, BLOCK_D] to memory in which the d_state = BLOCK_N numbers of a channel are contiguous."""
-    BLOCK_N: tl.constexpr = value.shape[0]
-    W: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
-    values = tl.permute(tl.reshape(value, (BLOCK_N // W, W, d.shape[0])), (2, 0, 1))
-    tl.store(_wide(pointer, d, d_stride, BLOCK_N), values, mask=there[:, None, None])
-
-
-@triton.jit
-@no_type_check
 def load_masked(pointers, mask, MASK: tl.constexpr):
     if MASK:
         return tl.load(pointers, mask=mask, other=0.0)
@@ -207,64 +161,3 @@ def load_channels(tensor, d, there):
     else:
         values = tl.load(tensor[0] + d * tensor[1], mask=there, other=0.0).to(tl.float32)
     return values
-
-
-@triton.jit
-@no_type_check
-def touch_weights(tensor, batch, group, d_state, t, stop, stride: tl.constexpr, UNROLL: tl.constexpr):
-    """Read one number in every 32 bytes of UNROLL rows of B or C, so that the rows are in L1 when they are needed.
-
-    The rows themselves are loaded by all threads where they are used: to load 2 × d_state numbers per position ahead
-    would take too many registers. The result must be used (`use_touched`), lest the compiler drops the loads.
-    """
-    lane = tl.arange(0, 32)
-    at = (t + lane % UNROLL).to(tl.int64)
-    column = (lane // UNROLL) * 8
-    place = tensor[0] + batch * tensor[1] + group * tensor[3] + at * stride + column * tensor[4]
-    return tl.load(place, mask=(at < stop) & (column < d_state), other=0.0).to(tl.float32)
-
-
-@triton.jit
-@no_type_check
-def use_touched(touched, tensor, zero):
-    """Pretend to store what `touch_weights` read."""
-    tl.store(tensor[0] + tl.arange(0, 32), touched, mask=zero > tl.arange(0, 32))
-
-
-@triton.jit
-@no_type_check
-def count_before(positions, n_positions, t):
-    """How many of the ascending positions come before t."""
-    before = tl.zeros((), tl.int32)
-    for start in tl.range(0, n_positions, 64):
-        i = start + tl.arange(0, 64)
-        position = tl.load(positions + i, mask=i < n_positions, other=NEVER)
-        before += tl.sum((position < t).to(tl.int32), 0)
-    return before
-
-
-@triton.jit
-@no_type_check
-def position_or_never(positions, i, n_positions):
-    return tl.load(positions + i, mask=(i >= 0) & (i < n_positions), other=NEVER)
-
-
-@triton.jit
-@no_type_check
-def any_between(positions, n_positions, begin, end):
-    """Whether one of the ascending positions lies in begin..end."""
-    return position_or_never(positions, count_before(positions, n_positions, begin), n_positions) < end
-
-
-@triton.jit
-@no_type_check
-def with_state_gradient(adjoint, t, recorded, dstates, batch, d, n, tile_there, zero):
-    """The adjoint plus the gradient of the state recorded at t, if it was; all were if recorded is None."""
-    if dstates is not None:
-        if recorded is None:
-            adjoint += load_tile(dstates, batch, t, d, n, tile_there, zero)
-        else:
-            record = count_before(recorded[0], recorded[1], t)
-            if position_or_never(recorded[0], record, recorded[1]) == t:
-                adjoint += load_tile(dstates, batch, record, d, n, tile_there, zero)
-    return adjoint

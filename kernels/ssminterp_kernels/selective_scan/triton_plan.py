@@ -26,6 +26,8 @@ class Plan:
     n_blocks: int
     chunk_length: int
     n_chunks: int
+    per_thread: int = 16  # states of a channel that a thread holds, at most
+    elements: int = 1  # batch elements that a program takes one after the other
 
     @property
     def is_chunked(self) -> bool:
@@ -53,7 +55,7 @@ def plan_scan(
     """One pass over time if that has `enough_warps` per multiprocessor, else chunks to have `warps_wanted`.
 
     A program has at most `widest_block` channels, 32 of them a warp. Warps of one program share their rows of B and C.
-    A chunk is a multiple of SEGMENT positions, so that the states before segments include those before chunks. With
+    A chunk is a multiple of `unroll` positions. With
     `in_one_wave` no more than `warps_wanted` are there, which then must be what fits on a multiprocessor.
     Remembered, because it would take a tenth of a short call's time.
     """
@@ -72,14 +74,31 @@ def plan_scan(
     # Two chunks would pay the second pass over time and win nothing.
     if chunks <= 2:
         chunks = 1
-    chunk_length = _ceil_div(_ceil_div(length, chunks), SEGMENT) * SEGMENT
-    unroll = min(unroll, 1 << (length.bit_length() - 1))  # a block of positions fits into the sequence
+    unroll = min(unroll, 1 << (length.bit_length() - 1))  # a tile of positions fits into the sequence
+    chunk_length = _ceil_div(_ceil_div(length, chunks), unroll) * unroll
     n_chunks = _ceil_div(length, chunk_length)
     max_registers = None
     if in_one_wave and block_n <= 16:
         # Told a limit, the compiler uses all of it to overlap positions; else it guards an occupancy that does not pay.
         max_registers = 255 if warps_in_one_pass * n_chunks <= 8 * n_processors else 168
-    return Plan(block_n, block_d, num_warps, unroll, max_registers, group_size, n_blocks, chunk_length, n_chunks)
+    elements = 1
+    if in_one_wave and n_chunks == 1:
+        elements = _elements_of_a_program(batch, n_blocks, warps_wanted * n_processors // num_warps, length)
+    return Plan(
+        *(block_n, block_d, num_warps, unroll, max_registers, group_size, n_blocks, chunk_length, n_chunks),
+        elements=elements,
+    )
+
+
+def _elements_of_a_program(batch: int, n_blocks: int, slots: int, length: int) -> int:
+    """So many that waves of programs are few and full; to begin a program costs what some positions do."""
+    to_begin = 8
+
+    def cost(elements: int) -> int:
+        waves = _ceil_div(_ceil_div(batch, elements) * n_blocks, slots)
+        return waves * (elements * length + to_begin)
+
+    return min(range(1, min(batch, 16) + 1), key=cost)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -98,6 +117,16 @@ def plan_backward(
         chunk_length=chunk_length,
         n_chunks=_ceil_div(length, chunk_length),
     )
+
+
+def for_trajectories(plan: Plan) -> Plan:
+    """The plan for writing every state: lanes side by side along d_state, so that stores fill whole lines of memory.
+
+    Softplus and the gate are then computed in every lane of a channel, in time that the memory leaves.
+    """
+    per_thread = 4
+    num_warps = min(8, max(1, plan.block_d * plan.block_n // (32 * per_thread)))
+    return dataclasses.replace(plan, per_thread=per_thread, num_warps=num_warps, max_registers=None)
 
 
 def _cost_of_chunks(warps: int, length: int, chunk_length: int, slots: int) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,18 +13,15 @@ from torch.autograd.function import once_differentiable
 
 from ssminterp_kernels.launching import launch, repeated, zeros
 from ssminterp_kernels.selective_scan.arguments import ScanArguments
-from ssminterp_kernels.selective_scan.triton_adjoint import scan_adjoint_kernel
+from ssminterp_kernels.selective_scan.triton_adjoint import combine_chunks_kernel, scan_adjoint_kernel
 from ssminterp_kernels.selective_scan.triton_backward import scan_backward_kernel, sum_parts_kernel
-from ssminterp_kernels.selective_scan.triton_forward import (
-    chunk_summary_kernel,
-    combine_chunks_kernel,
-    scan_forward_kernel,
-)
-from ssminterp_kernels.selective_scan.triton_layouts import layouts_of, parts_of
-from ssminterp_kernels.selective_scan.triton_math import NUMBER, TILE, WIDE
+from ssminterp_kernels.selective_scan.triton_chunks import clear_flags_kernel
+from ssminterp_kernels.selective_scan.triton_forward import scan_forward_kernel
+from ssminterp_kernels.selective_scan.triton_layouts import forward_layouts_of, layouts_of, parts_of
 from ssminterp_kernels.selective_scan.triton_plan import (
     SEGMENT,
     Plan,
+    for_trajectories,
     plan_backward,
     plan_scan,
     processor_count,
@@ -150,11 +147,9 @@ def forward_plan(s: ScanTensors) -> Plan:
     """How the forward pass covers s."""
     batch, length, d_inner = s.x.shape
     sizes = (batch, length, d_inner, s.A.shape[1], s.B.shape[2], processor_count(s.x.device))
-    plan = plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=12, widest_block=64, in_one_wave=True)
-    if s.record_all and plan.max_registers is not None:
-        # To store every state takes longer than to overlap positions; of short sequences, few are under way at once.
-        plan = dataclasses.replace(plan, max_registers=255 if length < 64 else 168)
-    return plan
+    widest = 32 if s.record_all else 64
+    plan = plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=12, widest_block=widest, in_one_wave=True)
+    return for_trajectories(plan) if s.record_all else plan
 
 
 def backward_plan(s: ScanTensors) -> Plan:
@@ -164,18 +159,20 @@ def backward_plan(s: ScanTensors) -> Plan:
     return plan_backward(*sizes, unroll=8)
 
 
+def adjoint_plan(s: ScanTensors) -> Plan:
+    """How the scan of adjoints alone covers s."""
+    batch, length, d_inner = s.x.shape
+    sizes = (batch, length, d_inner, s.A.shape[1], s.B.shape[2], processor_count(s.x.device))
+    return plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=12, in_one_wave=True)
+
+
 def _masks(plan: Plan, d_state: int) -> dict[str, bool]:
     return {"MASK_D": plan.group_size % plan.block_d != 0, "MASK_N": plan.block_n != d_state}
 
 
-def _kind(tensor: Tensor | None) -> int:
-    """How kernels load the items [d_inner, d_state] of a tensor; wide only if one thread holds a whole channel."""
-    if tensor is None:
-        return TILE.value
-    if tensor.stride(-1) == tensor.stride(-2) == 0:
-        return NUMBER.value
-    wide = tensor.stride(-1) == 1 and all(stride % 16 == 0 for stride in tensor.stride()[:-1])
-    return WIDE.value if wide and tensor.shape[-1] in (16, 32) else TILE.value
+def _is_number(tensor: Tensor | None) -> bool:
+    """Whether the items [d_inner, d_state] of a tensor are one number each."""
+    return tensor is not None and tensor.stride(-1) == tensor.stride(-2) == 0
 
 
 def placement(plan: Plan, length: int) -> tuple[int, ...]:
@@ -223,54 +220,29 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
     boundaries = None
     if save and length > SEGMENT:
         boundaries = new_states(s, batch, -(-length // SEGMENT))
-    tiles = {"BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "UNROLL": plan.unroll, "num_warps": plan.num_warps}
-    common = {
-        "POS": strides_of_pos(s.x, s.delta, s.z, s.B, s.C, y),
-        "SOFTPLUS": s.softplus,
-        "SPARE": plan.max_registers == 255,
-        "maxnreg": plan.max_registers,
-        **_masks(plan, d_state),
-        **tiles,
-    }
-    edits, keep, add = edit_table(s.edits), strided(s.keep), strided(s.add)
+    recorded = position_table(s.recorded) if n_recorded else None
     start = s.initial_state if s.initial_state is None else s.initial_state.unsqueeze(1)
-    kinds = (_kind(s.A), _kind(s.keep), _kind(s.add))
-    # Wide stores take fewer registers, which loops with edits or recorded positions lack, but write half as fast.
-    has_events = s.edits is not None or s.recorded is not None
-    rare = WIDE.value if has_events and _kind(final_state) == WIDE.value else TILE.value
-    stored = (TILE.value if s.record_all else rare, rare)
+    ends = flags = None
     if plan.is_chunked:
-        decays, starts = (new_states(s, batch, plan.n_chunks) for _ in range(2))
-        launch(
-            chunk_summary_kernel,
-            (plan.programs(batch) - batch * plan.n_blocks,),
-            *(strided(s.x), strided(s.delta), strided(s.A), strided(s.B), strided(s.bias), edits, keep, add),
-            *(strided(decays), strided(starts), *placement(plan, length), d_state, 0),
-            KINDS=(*kinds, rare),
-            **common,
-        )
-        _combine(decays, starts, s.initial_state, backward=False)
-        start = starts
+        ends = new_states(s, batch, plan.n_chunks)
+        flags = torch.empty(plan.programs(batch), dtype=torch.int32, device=s.x.device)
+        launch(clear_flags_kernel, (-(-flags.shape[0] // 1024),), flags, flags.shape[0], BLOCK=1024, num_warps=4)
+    tensors = (s.x, s.delta, s.z, s.A, s.B, s.C, s.D, s.bias, start)
     launch(
         scan_forward_kernel,
-        (plan.programs(batch),),
-        *(
-            strided(s.x),
-            strided(s.delta),
-            strided(s.z),
-            strided(s.A),
-            strided(s.B),
-            strided(s.C),
-            strided(s.D),
-            strided(s.bias),
-            strided(start),
-        ),
-        *(edits, keep, add, position_table(s.recorded), strided(y), strided(states), strided(boundaries)),
-        *(strided_state(final_state), *placement(plan, length), d_state, 0),
-        KINDS=(*kinds, _kind(start), *stored),
+        (plan.programs(-(-batch // plan.elements)),),
+        *(strided(tensor) for tensor in tensors),
+        *(edit_table(s.edits), strided(s.keep), strided(s.add), recorded),
+        *(strided(y), strided(states), strided(boundaries), strided_state(final_state), strided(ends), flags),
+        *(batch, plan.elements, *placement(plan, length), d_state),
+        POS=strides_of_pos(s.x, s.delta, s.z, s.B, s.C, y),
+        NUMBERS=(_is_number(s.keep), _is_number(s.add)),
+        SOFTPLUS=s.softplus,
         RECORD_ALL=s.record_all,
         SEGMENT=SEGMENT if boundaries is not None else 0,
-        **common,
+        PARTIAL=s.edits is not None or s.recorded is not None or length % plan.unroll != 0,
+        SPARE=plan.max_registers == 255,
+        **_tile_options(plan, d_state),
     )
     return y, states, final_state, boundaries
 
@@ -388,38 +360,60 @@ def triton_adjoints(arguments: ScanArguments) -> Float[Tensor, "batch n_position
     """
     s = scan_tensors(arguments)
     batch, length, _ = s.x.shape
-    plan = backward_plan(s)
+    plan = adjoint_plan(s)
     dy = s.x
     n_emitted = length if s.recorded is None else s.recorded.shape[0]
     adjoints = new_states(s, batch, n_emitted, dtype=s.states_dtype)
+    if n_emitted == 0:
+        return adjoints
     future = strided_state(s.initial_state)
     if plan.is_chunked:
         future = strided(futures_of_chunks(s, plan, dy, None, s.initial_state))
+    if s.recorded is None:
+        plan = for_trajectories(plan)
     launch(
         scan_adjoint_kernel,
         (plan.programs(batch),),
         *(strided(s.delta), strided(s.z), strided(s.A), strided(s.C), strided(s.bias), edit_table(s.edits)),
         *(strided(s.keep), None, strided(dy), None, future, position_table(s.recorded), strided(adjoints), None, None),
-        **_adjoint_options(s, plan, dy, length),
+        **_adjoint_options(s, plan, dy, events=s.edits is not None or s.recorded is not None),
     )
     return adjoints
 
 
-def _adjoint_options(s: ScanTensors, plan: Plan, dy: Tensor, length: int) -> dict[str, Any]:
-    names = ("length", "chunk_length", "n_chunks", "n_blocks", "group_size", "d_state", "zero")
-    place = dict(zip(names, (*placement(plan, length), s.A.shape[1], 0), strict=True))
-    tiles = {"BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "UNROLL": plan.unroll, "num_warps": plan.num_warps}
-    masks = _masks(plan, s.A.shape[1])
-    masks = {"MASK": length % plan.unroll != 0 or masks["MASK_D"], "MASK_N": masks["MASK_N"]}
-    options = {"SOFTPLUS": s.softplus, "maxnreg": plan.max_registers, **masks, **tiles}
-    return {**place, "POS": strides_of_pos(s.delta, dy, s.C, s.z), **options}
+def _adjoint_options(s: ScanTensors, plan: Plan, dy: Tensor, events: bool) -> dict[str, Any]:
+    """events: there are positions between tiles, so that tiles may hold less than all their positions."""
+    length, d_state = s.x.shape[1], s.A.shape[1]
+    names = ("length", "chunk_length", "n_chunks", "n_blocks", "group_size", "d_state")
+    return {
+        **dict(zip(names, (*placement(plan, length), d_state), strict=True)),
+        "POS": strides_of_pos(s.delta, dy, s.C, s.z),
+        "SOFTPLUS": s.softplus,
+        "PARTIAL": events or length % plan.unroll != 0,
+        **_tile_options(plan, d_state),
+    }
+
+
+@functools.lru_cache(maxsize=256)
+def _tile_options(plan: Plan, d_state: int) -> Mapping[str, Any]:
+    """What the kernels in tiles of positions are told of their plan."""
+    layouts = forward_layouts_of(plan.block_d, plan.block_n, plan.unroll, plan.num_warps, plan.per_thread)
+    return {
+        **{"BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "UNROLL": plan.unroll, "num_warps": plan.num_warps},
+        **{name.upper(): layout for name, layout in layouts._asdict().items()},
+        **_masks(plan, d_state),
+        "maxnreg": plan.max_registers,
+    }
 
 
 def futures_of_chunks(s: ScanTensors, plan: Plan, dy: Tensor, dstates: Tensor | None, dfinal: Tensor | None) -> Tensor:
     """dLoss/d(state after each chunk) from what comes after the chunk, [batch, n_chunks, d_inner, d_state]."""
-    batch, length, _ = s.x.shape
+    batch = s.x.shape[0]
+    if s.recorded is not None and s.recorded.shape[0] == 0:
+        dstates = None
     decays, futures = (new_states(s, batch, plan.n_chunks) for _ in range(2))
-    options = _adjoint_options(s, plan, dy, length) | {"n_chunks": plan.n_chunks - 1}
+    events = s.edits is not None or (dstates is not None and s.recorded is not None)
+    options = _adjoint_options(s, plan, dy, events) | {"n_chunks": plan.n_chunks - 1}
     launch(
         scan_adjoint_kernel,
         (plan.programs(batch) - batch * plan.n_blocks,),

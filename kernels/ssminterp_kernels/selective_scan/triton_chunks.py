@@ -1,0 +1,184 @@
+"""What chunks of time do to the state before them, and the state with which every chunk then begins."""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from ssminterp_kernels.selective_scan.triton_backward_loads import count_before
+from ssminterp_kernels.selective_scan.triton_layouts import (
+    full_row,
+    full_tile,
+    jit,
+    put,
+    take_row,
+)
+from ssminterp_kernels.selective_scan.triton_math import step_size
+from ssminterp_kernels.selective_scan.triton_rows import (
+    load_edit,
+    load_rows,
+    load_weight_row,
+    load_weights,
+    position,
+)
+
+
+@jit
+@no_type_check
+def _tile(
+    state,
+    elapsed,
+    A2,
+    bias_row,
+    x_rows,
+    delta_rows,
+    B_shared,
+    SOFTPLUS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The state and the sum of steps after UNROLL positions."""
+    for u in tl.static_range(UNROLL):
+        step = step_size(delta_rows[u], bias_row, SOFTPLUS)
+        dx = step * x_rows[u].to(tl.float32)
+        state = tl.exp2(step[:, None] * A2) * state + dx[:, None] * take_row(B_shared, u, TILE)
+        elapsed += step
+    return state, elapsed
+
+
+@jit
+@no_type_check
+def _one_by_one(
+    state,
+    elapsed,
+    A2,
+    bias_row,
+    x,
+    delta,
+    B,
+    place,
+    t,
+    end,
+    POS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    MASK_D: tl.constexpr,
+    MASK_N: tl.constexpr,
+):
+    """As `_tile` for positions t..end, each read when its turn comes."""
+    batch, group, d0, lane = place[0], place[1], place[2], place[3]
+    there, n, n_there = place[5], place[6], place[7]
+    for i in range(t, end):
+        x_row = load_rows(x, batch, d0, lane, i, there, POS[0], MASK_D, 1)[0]
+        step = step_size(load_rows(delta, batch, d0, lane, i, there, POS[1], MASK_D, 1)[0], bias_row, SOFTPLUS)
+        B_row = load_weight_row(B, batch, group, i, n, n_there, POS[3], MASK_N)
+        state = tl.exp2(step[:, None] * A2) * state + (step * x_row.to(tl.float32))[:, None] * B_row
+        elapsed += step
+    return state, elapsed
+
+
+@jit
+@no_type_check
+def summarise(
+    x,
+    delta,
+    B,
+    edits,
+    keep,
+    add,
+    A2,
+    bias_row,
+    B_shared,
+    place,
+    t,
+    stop,
+    POS: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    MASK_D: tl.constexpr,
+    MASK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """decay and local of a whole chunk, a multiple of UNROLL positions: it takes the state h to decay · h + local.
+
+    Between edits the decay of all steps is exp(their sum · A). place: batch, group, d0, lane, d, there, n, n_there and
+    what numbers a row of B: positions, d_state, which are there.
+    """
+    batch, group, d0, lane, d, there, n, n_there, row_u, row_n, row_there = place
+    tile_there = there[:, None] & n_there[None, :]
+    state = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
+    elapsed = full_row(0.0, BLOCK_D, TILE)  # since the last edit
+    decay = full_tile(1.0, BLOCK_D, BLOCK_N, TILE)  # up to the last edit
+
+    if edits is not None:
+        edits_here = edits[0] + batch * edits[1]
+        edit = count_before(edits_here, edits[2], t)
+        next_edit = position(edits_here, edit, edits[2])
+
+    x_next = load_rows(x, batch, d0, lane, t, there, POS[0], MASK_D, UNROLL)
+    delta_next = load_rows(delta, batch, d0, lane, t, there, POS[1], MASK_D, UNROLL)
+    B_next = load_weights(B, batch, group, t, row_u, row_n, row_there, POS[3], MASK_N)
+    while t < stop:
+        end = t + UNROLL
+        if edits is not None:
+            end = tl.minimum(tl.minimum(end, stop), next_edit + 1)
+        x_rows = x_next
+        delta_rows = delta_next
+        put(B_shared, B_next.to(tl.float32))
+        window = tl.minimum(end, stop - UNROLL)
+        x_next = load_rows(x, batch, d0, lane, window, there, POS[0], MASK_D, UNROLL)
+        delta_next = load_rows(delta, batch, d0, lane, window, there, POS[1], MASK_D, UNROLL)
+        B_next = load_weights(B, batch, group, window, row_u, row_n, row_there, POS[3], MASK_N)
+        if edits is None:
+            state, elapsed = _tile(state, elapsed, A2, bias_row, x_rows, delta_rows, B_shared, SOFTPLUS, UNROLL, TILE)
+        else:
+            if end - t == UNROLL:
+                state, elapsed = _tile(
+                    state, elapsed, A2, bias_row, x_rows, delta_rows, B_shared, SOFTPLUS, UNROLL, TILE
+                )
+            else:
+                state, elapsed = _one_by_one(
+                    state, elapsed, A2, bias_row, x, delta, B, place, t, end, POS, SOFTPLUS, MASK_D, MASK_N
+                )
+        if edits is not None:
+            if end == next_edit + 1:
+                kept = load_edit(keep, batch, edit, edits[2], d, n, tile_there, NUMBERS[0])
+                added = load_edit(add, batch, edit, edits[2], d, n, tile_there, NUMBERS[1])
+                state = state * kept + added
+                decay = decay * tl.exp2(elapsed[:, None] * A2) * kept
+                elapsed = full_row(0.0, BLOCK_D, TILE)
+                edit += 1
+                next_edit = position(edits_here, edit, edits[2])
+        t = end
+    return decay * tl.exp2(elapsed[:, None] * A2), state
+
+
+@jit
+@no_type_check
+def wait_for(flag):
+    """Until `announce` was called with this flag, by a program of a lower number.
+
+    Programs start in the order of their numbers (as CUB's scans also rely on), so the other one runs or has run.
+    """
+    while tl.atomic_add(flag, 0, sem="acquire") == 0:
+        pass
+
+
+@jit
+@no_type_check
+def announce(flag):
+    """That what this program has stored may be read."""
+    tl.debug_barrier()
+    tl.atomic_xchg(flag, 1, sem="release")
+
+
+@triton.jit(do_not_specialize=["n_flags"])
+@no_type_check
+def clear_flags_kernel(flags, n_flags, BLOCK: tl.constexpr):
+    """So that nobody has announced anything."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(flags + i, tl.zeros((BLOCK,), tl.int32), mask=i < n_flags)

@@ -1,0 +1,104 @@
+"""What the scans in tiles of positions read and write: rows, lists of positions, edits, whole states.
+
+As in `triton_math`, tensors come as tuples (pointer, stride of each axis), absent ones as None.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import triton.language as tl
+
+from ssminterp_kernels.selective_scan.triton_backward_loads import load_tile, tile_at
+from ssminterp_kernels.selective_scan.triton_layouts import channel_numbers, jit, spread, state_numbers
+from ssminterp_kernels.selective_scan.triton_math import load_masked
+
+FAR = tl.constexpr((1 << 31) - 2)  # a position that no tile reaches, and one more does not overflow
+
+
+@jit
+@no_type_check
+def load_rows(tensor, batch, d0, lane, t, there, stride: tl.constexpr, MASK_D: tl.constexpr, COUNT: tl.constexpr):
+    """[BLOCK_D] of a tensor [batch, pos, d_inner] at COUNT positions from t on; zeros if there is no such tensor.
+
+    A scalar and the lanes' offsets take fewer registers than pointers.
+    """
+    rows = ()
+    for u in tl.static_range(COUNT):
+        if tensor is None:
+            rows = rows + (0.0,)
+        else:
+            place = tensor[0] + (batch * tensor[1] + d0 * tensor[3] + tl.cast(t, tl.int64) * stride)
+            rows = rows + (load_masked(place + (lane * tensor[3] + u * stride), there, MASK_D),)
+    return rows
+
+
+@jit
+@no_type_check
+def load_per_channel(tensor, d, there):
+    """One float32 number for each of the channels d, in their layout; zeros if there is no such tensor."""
+    if tensor is None:
+        values = (d * 0).to(tl.float32)
+    else:
+        values = tl.load(tensor[0] + d * tensor[1], mask=there, other=0.0).to(tl.float32)
+    return values
+
+
+@jit
+@no_type_check
+def load_block(tensor, batch, d0, t, u, lane, there, stride: tl.constexpr):
+    """[pos, channel] of a tensor [batch, pos, d_inner] at the positions t + u, in a tuple; zero if there is none."""
+    if tensor is None:
+        block = (0.0,)
+    else:
+        place = tensor[0] + (batch * tensor[1] + d0 * tensor[3] + tl.cast(t, tl.int64) * stride)
+        block = (tl.load(place + (u[:, None] * stride + lane[None, :] * tensor[3]), mask=there, other=0.0),)
+    return block
+
+
+@jit
+@no_type_check
+def load_weights(tensor, batch, group, t, u, n, there, stride: tl.constexpr, MASK_N: tl.constexpr):
+    """Rows [UNROLL, BLOCK_N] of B or C [batch, pos, n_groups, d_state] at the positions t + u."""
+    place = tensor[0] + (batch * tensor[1] + group * tensor[3] + t.to(tl.int64) * stride)
+    return load_masked(place + (u[:, None] * stride + n[None, :] * tensor[4]), there, MASK_N)
+
+
+@jit
+@no_type_check
+def load_weight_row(tensor, batch, group, t, n, n_there, stride: tl.constexpr, MASK_N: tl.constexpr):
+    """Row [1, BLOCK_N] of B or C at position t, float32."""
+    place = tensor[0] + (batch * tensor[1] + group * tensor[3] + tl.cast(t, tl.int64) * stride)
+    return load_masked(place + n * tensor[4], n_there, MASK_N).to(tl.float32)[None, :]
+
+
+@jit
+@no_type_check
+def position(positions, i, n_positions):
+    """The i-th of the positions, or one that no tile reaches; in 32 bits, which are one register."""
+    found = tl.load(positions + tl.minimum(i, n_positions - 1)).to(tl.int32)
+    return tl.where(i < n_positions, found, FAR)
+
+
+@jit
+@no_type_check
+def load_edit(tensor, batch, edit, n_edits, d, n, tile_there, NUMBER: tl.constexpr):
+    """keep or add of an edit, of the last one if there is no such edit: a tile, or the one number that fills it."""
+    edit = tl.minimum(edit, n_edits - 1)
+    if NUMBER:
+        loaded = tl.load(tensor[0] + batch * tensor[1] + edit.to(tl.int64) * tensor[2]).to(tl.float32)
+    else:
+        loaded = load_tile(tensor, batch, edit, d, n, tile_there)
+    return loaded
+
+
+@jit
+@no_type_check
+def store_spread(tensor, batch, i, d0, d_end, d_state, tile, SPREAD: tl.constexpr):
+    """Write item i of a tensor [batch, i, d_inner, d_state], lanes side by side along d_state.
+
+    As a thread holds them, 16 numbers of a channel, its stores would reach half of the memory's bandwidth.
+    """
+    d = d0 + channel_numbers(tile.shape[0], SPREAD)
+    n = state_numbers(tile.shape[1], SPREAD)
+    tl.store(tile_at(tensor, batch, i, d, n), spread(tile, SPREAD), mask=(d < d_end)[:, None] & (n < d_state)[None, :])
