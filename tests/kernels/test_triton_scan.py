@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -67,6 +68,8 @@ GPU_CASES = (
         length=1000, d_inner=70, d_state=8, edit_positions=(tuple(range(0, 640, 10)), tuple(range(360, 1000, 10)))
     ),
     ScanCase(length=3000, batch=1, d_inner=33, d_state=16, states=(0, 2999), strided=True, dtype=BF16),
+    ScanCase(length=2500, batch=3, d_inner=33, d_state=16, states="all"),
+    ScanCase(length=19, batch=300, d_inner=64, d_state=16, edit_positions=(2, 9, 10), states=(7, 9, 18)),
     ScanCase(batch=70, length=16, d_inner=64, d_state=16, edit_positions=(3,)),
     *(
         ScanCase(length=70, d_inner=256, d_state=16, n_groups=2, dtype=dtype, edit_positions=(3, 64))
@@ -106,6 +109,26 @@ def test_edits_by_one_number_and_by_whole_states(length: int, positions: tuple[i
 @pytest.mark.parametrize("output", ["y", "states", "final_state"])
 def test_gradient_of_one_output_alone(output: str) -> None:
     check_against_reference(ScanCase(length=9, edit_positions=(3,), states=(2, 3)), "triton", (output,), device=DEVICE)
+
+
+@pytest.mark.parametrize("chunk_length", [8, 16, 48])
+def test_chunks_equal_one_pass(chunk_length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssminterp_kernels.selective_scan import triton_scan
+    from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
+
+    case = ScanCase(length=101, batch=1, d_inner=2, d_state=3, edit_positions=(3, 40, 47), states=(15, 100))
+    inputs = random_scan_inputs(case, device=DEVICE)
+    chosen = triton_scan.forward_plan
+    s = triton_scan.scan_tensors(check_arguments(ScanArguments(**inputs)))
+    outputs = []
+    for length in (104, chunk_length):
+        changes = {"chunk_length": length, "n_chunks": -(-case.length // length)}
+        monkeypatch.setattr(triton_scan, "forward_plan", lambda s, c=changes: dataclasses.replace(chosen(s), **c))
+        triton_scan._forward.known.clear()  # type: ignore[attr-defined]
+        outputs.append(triton_scan.scan_forward(s, save=True))
+    triton_scan._forward.known.clear()  # type: ignore[attr-defined]
+    for one_pass, chunks in zip(*outputs, strict=True):
+        assert relative_error(chunks, one_pass) < 1e-5
 
 
 def test_two_runs_are_equal_to_the_bit() -> None:

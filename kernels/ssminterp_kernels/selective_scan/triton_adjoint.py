@@ -202,7 +202,7 @@ def scan_adjoint_kernel(
     row_n = row_state_numbers(BLOCK_N, ROWS)
     row_there = (row_n < d_state)[None, :] & (row_u >= 0)[:, None]
     C_shared = shared_rows(UNROLL, BLOCK_N, PLAIN)
-    # Where every adjoint is written the lanes of a channel share what is computed once for it: see `_recorded_tile`.
+    # Where every adjoint is written the lanes of a channel share what is computed once for it: see `triton_tiles`.
     EMIT_ALL: tl.constexpr = decays is None and emitted is None
     across = (lane, lane, there)
     bias_across = bias_row

@@ -1,4 +1,9 @@
-"""What chunks of time do to the state before them, and the state with which every chunk then begins."""
+"""What chunks of time do to the state before them, and the state with which every chunk then begins.
+
+A chunk maps the state h before it to the state after it by an affine map `decay · h + local`. All chunks of one launch
+work out theirs at the same time; then the state is handed on from program to program ("decoupled look-back", Merrill
+and Garland 2016), in an order that does not depend on scheduling.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from ssminterp_kernels.selective_scan.triton_backward_loads import count_before
+from ssminterp_kernels.selective_scan.triton_backward_loads import count_before, load_tile, tile_at
 from ssminterp_kernels.selective_scan.triton_layouts import (
     full_row,
     full_tile,
@@ -23,6 +28,8 @@ from ssminterp_kernels.selective_scan.triton_rows import (
     load_weights,
     position,
 )
+
+GROUP = tl.constexpr(4)  # chunks that work out together what they do, so that fewer wait for one another
 
 
 @jit
@@ -174,6 +181,75 @@ def announce(flag):
     """That what this program has stored may be read."""
     tl.debug_barrier()
     tl.atomic_xchg(flag, 1, sem="release")
+
+
+@jit
+@no_type_check
+def state_before_chunk(
+    x,
+    delta,
+    B,
+    edits,
+    keep,
+    add,
+    A2,
+    bias_row,
+    B_shared,
+    place,
+    chunk,
+    t,
+    stop,
+    n_chunks,
+    effects,
+    flags,
+    per_chunk,
+    POS: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    MASK_D: tl.constexpr,
+    MASK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The state before a chunk other than the first; leaves what later chunks need to know of this one.
+
+    effects: decays, locals and ends, each [batch, n_chunks, d_inner, d_state]; per_chunk: programs of a chunk. GROUP
+    chunks after the first are a group: each works out what those of its group before it do together, and applies that
+    to the state at the end of the group before. So the way from the first chunk to the last has n_chunks / GROUP steps.
+    """
+    batch, d, there, n, n_there = place[0], place[4], place[5], place[6], place[7]
+    tile_there = there[:, None] & n_there[None, :]
+    decays, locals_, ends = effects
+    pid = tl.program_id(0)
+    end_flags = flags + tl.num_programs(0)
+    first = chunk - (chunk - 1) % GROUP
+    is_last = (chunk - first == GROUP - 1) & (chunk < n_chunks - 1)
+    decay = full_tile(1.0, BLOCK_D, BLOCK_N, TILE)
+    local = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
+    if chunk < n_chunks - 1:
+        decay, local = summarise(
+            *(x, delta, B, edits, keep, add, A2, bias_row, B_shared, place, t, stop),
+            *(POS, NUMBERS, SOFTPLUS, MASK_D, MASK_N, BLOCK_N, BLOCK_D, UNROLL, TILE),
+        )
+        if not is_last:
+            tl.store(tile_at(decays, batch, chunk, d, n), decay, mask=tile_there)
+            tl.store(tile_at(locals_, batch, chunk, d, n), local, mask=tile_there)
+            announce(flags + pid)
+    decay_before = full_tile(1.0, BLOCK_D, BLOCK_N, TILE)
+    local_before = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
+    for earlier in range(first, chunk):
+        wait_for(flags + (pid - (chunk - earlier) * per_chunk))
+        decay_there = load_tile(decays, batch, earlier, d, n, tile_there)
+        decay_before *= decay_there
+        local_before = decay_there * local_before + load_tile(locals_, batch, earlier, d, n, tile_there)
+    wait_for(end_flags + (pid - (chunk - first + 1) * per_chunk))
+    state = decay_before * load_tile(ends, batch, first - 1, d, n, tile_there) + local_before
+    if is_last:
+        tl.store(tile_at(ends, batch, chunk, d, n), decay * state + local, mask=tile_there)
+        announce(end_flags + pid)
+    return state
 
 
 @triton.jit(do_not_specialize=["n_flags"])

@@ -1,8 +1,7 @@
-"""The forward scan in Gluon: one pass over time, or chunks of time in parallel (summaries, combined, then replayed).
+"""The forward scan in Gluon: one pass over time, or chunks of time in parallel where batch × d_inner is small.
 
-Chunking: a chunk maps the state before it to the state after it by an affine map `decay · h + local`. A local pass
-computes decay and local per chunk from a zero start (`triton_chunks`), these are chained, and the full pass then starts
-every chunk from its true state. It pays the exponentials twice, for shapes whose batch × d_inner does not fill the GPU.
+A program of a chunk works out what the chunk does to the state before it, waits for that state and goes through the
+chunk once more (`triton_chunks`). So the exponentials are paid twice, where one pass would not fill the GPU.
 
 Positions are taken in tiles of UNROLL, which the compiler overlaps as long as no branch is between them. Edits and
 recorded positions therefore happen between tiles: where less than a tile is left before the next of them, or before the
@@ -16,275 +15,26 @@ from typing import no_type_check
 import triton.language as tl
 
 from ssminterp_kernels.selective_scan.triton_backward_loads import count_before, load_row, load_tile
-from ssminterp_kernels.selective_scan.triton_chunks import announce, summarise, wait_for
+from ssminterp_kernels.selective_scan.triton_chunks import announce, state_before_chunk
 from ssminterp_kernels.selective_scan.triton_layouts import (
     channel_numbers,
     full_tile,
     jit,
     position_numbers,
     put,
-    put_column,
     row_state_numbers,
     shared_rows,
     state_numbers,
-    take_column,
-    take_row,
-    take_tile,
 )
-from ssminterp_kernels.selective_scan.triton_math import LOG2E, sigmoid, step_size, store_masked
+from ssminterp_kernels.selective_scan.triton_math import LOG2E
 from ssminterp_kernels.selective_scan.triton_rows import (
-    load_block,
     load_edit,
     load_per_channel,
-    load_rows,
-    load_weight_row,
     load_weights,
     position,
     store_spread,
 )
-
-
-@jit
-@no_type_check
-def read_out(state, x, z_row, z, C, D_row):
-    """y at one position, float32 [BLOCK_D]."""
-    y = tl.sum(state * C, 1) + D_row * x.to(tl.float32)
-    if z is not None:
-        gate = z_row.to(tl.float32)
-        y *= gate * sigmoid(gate)
-    return y
-
-
-@jit
-@no_type_check
-def _edited(state, edit_here, place, t, NUMBERS: tl.constexpr, SPARE: tl.constexpr):
-    """The state after position t, edited if the next edit is there.
-
-    edit_here: the edits, keep and add, the next edit's position and number and, with SPARE, its values.
-    """
-    if edit_here[0] is not None:
-        if edit_here[3] == t:
-            if SPARE:
-                state = state * edit_here[5] + edit_here[6]
-            else:
-                batch, d0, _d_end, lane, there, _group, n, n_there = place
-                tile_there = there[:, None] & n_there[None, :]
-                n_edits = edit_here[0][2]
-                edit = edit_here[4]
-                kept = load_edit(edit_here[1], batch, edit, n_edits, d0 + lane, n, tile_there, NUMBERS[0])
-                added = load_edit(edit_here[2], batch, edit, n_edits, d0 + lane, n, tile_there, NUMBERS[1])
-                state = state * kept + added
-    return state
-
-
-@jit
-@no_type_check
-def _tile(
-    state,
-    A2,
-    bias_row,
-    D_row,
-    rows,
-    weights,
-    z,
-    y,
-    place,
-    edit_here,
-    t,
-    POS: tl.constexpr,
-    NUMBERS: tl.constexpr,
-    SPARE: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    MASK_D: tl.constexpr,
-    UNROLL: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """The state after UNROLL positions from t on, of which the last may be edited.
-
-    rows: x, delta and z there; weights: where B and C lie in shared memory; place: batch, d0, d_end, lane,
-    there and more.
-    """
-    batch, d0, lane, there = place[0], place[1], place[3], place[4]
-    y_place = y[0] + (batch * y[1] + d0 * y[3] + t.to(tl.int64) * POS[5])
-    out = ()
-    for u in tl.static_range(UNROLL):
-        step = step_size(rows[1][u], bias_row, SOFTPLUS)
-        dx = step * rows[0][u].to(tl.float32)
-        state = tl.exp2(step[:, None] * A2) * state + dx[:, None] * take_row(weights[0], u, TILE)
-        if u == UNROLL - 1:
-            state = _edited(state, edit_here, place, t + u, NUMBERS, SPARE)
-        out = out + (read_out(state, rows[0][u], rows[2][u], z, take_row(weights[1], u, TILE), D_row),)
-    # Stored together, because no load moves ahead of a store that it might depend on.
-    for u in tl.static_range(UNROLL):
-        store_masked(y_place + (lane * y[3] + u * POS[5]), out[u], there, MASK_D)
-    return state
-
-
-@jit
-@no_type_check
-def _recorded_tile(
-    state,
-    A2,
-    bias_across,
-    D_across,
-    blocks,
-    weights,
-    shared,
-    z,
-    targets,
-    place,
-    across,
-    edit_here,
-    t,
-    POS: tl.constexpr,
-    NUMBERS: tl.constexpr,
-    SPARE: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    UNROLL: tl.constexpr,
-    TILE: tl.constexpr,
-    SPREAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """As `_tile` where every state is written: the lanes of a channel share what is computed once for it.
-
-    blocks: x, delta and z [pos, channel]; shared: places of such blocks; across: what numbers them: positions,
-    channels, which are there.
-    """
-    y, states, d_state = targets
-    batch, d0, d_end = place[0], place[1], place[2]
-    u_across, lane_across, across_there = across
-    steps, inputs, sums = shared
-    x_block = blocks[0][0].to(tl.float32)
-    step_block = step_size(blocks[1][0], bias_across[None, :], SOFTPLUS)
-    put(steps, step_block)
-    put(inputs, step_block * x_block)
-    for u in tl.static_range(UNROLL):
-        state = tl.exp2(take_column(steps, u, TILE) * A2) * state
-        state += take_column(inputs, u, TILE) * take_row(weights[0], u, TILE)
-        if u == UNROLL - 1:
-            state = _edited(state, edit_here, place, t + u, NUMBERS, SPARE)
-        store_spread(states, batch, t + u, d0, d_end, d_state, state, SPREAD)
-        put_column(sums, u, tl.sum(state * take_row(weights[1], u, TILE), 1)[:, None], UNROLL)
-    out = take_tile(sums, BLOCK) + D_across[None, :] * x_block
-    if z is not None:
-        gate = blocks[2][0].to(tl.float32)
-        out *= gate * sigmoid(gate)
-    y_place = y[0] + (batch * y[1] + d0 * y[3] + t.to(tl.int64) * POS[5])
-    tl.store(y_place + (u_across[:, None] * POS[5] + lane_across[None, :] * y[3]), out, mask=across_there)
-    return state
-
-
-@jit
-@no_type_check
-def _whole_tile(
-    state,
-    A2,
-    bias,
-    D,
-    rows,
-    weights,
-    shared,
-    z,
-    targets,
-    place,
-    across,
-    edit_here,
-    t,
-    POS: tl.constexpr,
-    NUMBERS: tl.constexpr,
-    SPARE: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    RECORD_ALL: tl.constexpr,
-    MASK_D: tl.constexpr,
-    UNROLL: tl.constexpr,
-    TILE: tl.constexpr,
-    SPREAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """`_tile` or `_recorded_tile`."""
-    if RECORD_ALL:
-        state = _recorded_tile(
-            *(state, A2, bias[1], D[1], rows, weights, shared, z, targets, place, across, edit_here, t),
-            *(POS, NUMBERS, SPARE, SOFTPLUS, UNROLL, TILE, SPREAD, BLOCK),
-        )
-    else:
-        state = _tile(
-            *(state, A2, bias[0], D[0], rows, weights, z, targets[0], place, edit_here, t),
-            *(POS, NUMBERS, SPARE, SOFTPLUS, MASK_D, UNROLL, TILE),
-        )
-    return state
-
-
-@jit
-@no_type_check
-def _one_by_one(
-    state,
-    A2,
-    bias_row,
-    D_row,
-    sources,
-    targets,
-    place,
-    edit_here,
-    t,
-    end,
-    POS: tl.constexpr,
-    NUMBERS: tl.constexpr,
-    SPARE: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    RECORD_ALL: tl.constexpr,
-    MASK_D: tl.constexpr,
-    MASK_N: tl.constexpr,
-    SPREAD: tl.constexpr,
-):
-    """As `_tile` for positions t..end, each read when its turn comes; sources: x, delta, z, B and C."""
-    batch, d0, d_end, lane, there, group, n, n_there = place
-    x, delta, z, B, C = sources
-    y, states, d_state = targets
-    y_place = y[0] + (batch * y[1] + d0 * y[3])
-    for i in range(t, end):
-        x_row = load_rows(x, batch, d0, lane, i, there, POS[0], MASK_D, 1)[0]
-        delta_row = load_rows(delta, batch, d0, lane, i, there, POS[1], MASK_D, 1)[0]
-        z_row = load_rows(z, batch, d0, lane, i, there, POS[2], MASK_D, 1)[0]
-        B_row = load_weight_row(B, batch, group, i, n, n_there, POS[3], MASK_N)
-        C_row = load_weight_row(C, batch, group, i, n, n_there, POS[4], MASK_N)
-        step = step_size(delta_row, bias_row, SOFTPLUS)
-        state = tl.exp2(step[:, None] * A2) * state + (step * x_row.to(tl.float32))[:, None] * B_row
-        state = _edited(state, edit_here, place, i, NUMBERS, SPARE)
-        if RECORD_ALL:
-            store_spread(states, batch, i, d0, d_end, d_state, state, SPREAD)
-        y_row = read_out(state, x_row, z_row, z, C_row, D_row)
-        store_masked(y_place + tl.cast(i, tl.int64) * POS[5] + lane * y[3], y_row, there, MASK_D)
-    return state
-
-
-@jit
-@no_type_check
-def _rows_ahead(
-    x,
-    delta,
-    z,
-    batch,
-    place,
-    across,
-    t,
-    POS: tl.constexpr,
-    RECORD_ALL: tl.constexpr,
-    MASK_D: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """x, delta and z at UNROLL positions from t on, as `_tile` or `_recorded_tile` takes them."""
-    d0, lane, there = place[1], place[3], place[4]
-    if RECORD_ALL:
-        u, lane, there = across
-        x_rows = load_block(x, batch, d0, t, u, lane, there, POS[0])
-        delta_rows = load_block(delta, batch, d0, t, u, lane, there, POS[1])
-        z_rows = load_block(z, batch, d0, t, u, lane, there, POS[2])
-    else:
-        x_rows = load_rows(x, batch, d0, lane, t, there, POS[0], MASK_D, UNROLL)
-        delta_rows = load_rows(delta, batch, d0, lane, t, there, POS[1], MASK_D, UNROLL)
-        z_rows = load_rows(z, batch, d0, lane, t, there, POS[2], MASK_D, UNROLL)
-    return x_rows, delta_rows, z_rows
+from ssminterp_kernels.selective_scan.triton_tiles import one_by_one, rows_ahead, whole_tile
 
 
 @jit(
@@ -309,6 +59,8 @@ def scan_forward_kernel(
     states,
     boundaries,
     final_state,
+    decays,
+    locals_,
     ends,
     flags,
     batches,
@@ -394,21 +146,26 @@ def scan_forward_kernel(
 
     first = chunk * chunk_length
     stop = tl.minimum(first + chunk_length, length)
-    if ends is not None:
+    if flags is not None:
         if chunk > 0:
-            if chunk < n_chunks - 1:
-                place = (batch, group, d0, lane, d, there, n, n_there, row_u, row_n, row_there)
-                decay, local = summarise(
-                    *(x, delta, B, edits, keep, add, A2, bias_row, B_shared, place, first, stop),
-                    *(POS, NUMBERS, SOFTPLUS, MASK_D, MASK_N, BLOCK_N, BLOCK_D, UNROLL, TILE),
-                )
-                wait_for(flags + (pid - per_chunk))
-                state = load_tile(ends, batch, chunk - 1, d, n, tile_there)
-                store_spread(ends, batch, chunk, d0, d_end, d_state, decay * state + local, SPREAD)
-                announce(flags + pid)
-            else:
-                wait_for(flags + (pid - per_chunk))
-                state = load_tile(ends, batch, chunk - 1, d, n, tile_there)
+            numbers = (batch, group, d0, lane, d, there, n, n_there, row_u, row_n, row_there)
+            state = state_before_chunk(
+                *(x, delta, B, edits, keep, add, A2, bias_row, B_shared, numbers, chunk, first, stop, n_chunks),
+                *(
+                    (decays, locals_, ends),
+                    flags,
+                    per_chunk,
+                    POS,
+                    NUMBERS,
+                    SOFTPLUS,
+                    MASK_D,
+                    MASK_N,
+                    BLOCK_N,
+                    BLOCK_D,
+                    UNROLL,
+                    TILE,
+                ),
+            )
     EVENTS: tl.constexpr = edits is not None or recorded is not None
     if edits is not None:
         edits_here = edits[0] + batch * edits[1]
@@ -427,7 +184,7 @@ def scan_forward_kernel(
     place = (batch, d0, d_end, lane, there, group, n, n_there)
     t = first
     window = tl.minimum(t, stop - UNROLL)  # rows are loaded from here on: near the end, rows that nobody uses
-    ahead = _rows_ahead(x, delta, z, batch, place, across, window, POS, RECORD_ALL, MASK_D, UNROLL)
+    ahead = rows_ahead(x, delta, z, batch, place, across, window, POS, RECORD_ALL, MASK_D, UNROLL)
     B_next = load_weights(B, batch, group, window, row_u, row_n, row_there, POS[3], MASK_N)
     C_next = load_weights(C, batch, group, window, row_u, row_n, row_there, POS[4], MASK_N)
     while batch <= last_batch:
@@ -450,7 +207,7 @@ def scan_forward_kernel(
         t_next = tl.where(ends_element, first, end)
         batch_next = tl.minimum(batch + ends_element.to(tl.int64), last_batch)
         window_next = tl.minimum(t_next, stop - UNROLL)
-        ahead = _rows_ahead(x, delta, z, batch_next, place, across, window_next, POS, RECORD_ALL, MASK_D, UNROLL)
+        ahead = rows_ahead(x, delta, z, batch_next, place, across, window_next, POS, RECORD_ALL, MASK_D, UNROLL)
         B_next = load_weights(B, batch_next, group, window_next, row_u, row_n, row_there, POS[3], MASK_N)
         C_next = load_weights(C, batch_next, group, window_next, row_u, row_n, row_there, POS[4], MASK_N)
         place = (batch, d0, d_end, lane, there, group, n, n_there)
@@ -464,18 +221,18 @@ def scan_forward_kernel(
                 edit_here = (edits, keep, add, next_edit, edit)
         if PARTIAL:
             if end - t == UNROLL:
-                state = _whole_tile(
+                state = whole_tile(
                     *(state, A2, (bias_row, bias_across), (D_row, D_across), rows, (B_shared, C_shared), shared, z),
                     *(targets, place, across, edit_here, t, POS, NUMBERS, SPARE, SOFTPLUS, RECORD_ALL, MASK_D, UNROLL),
                     *(TILE, SPREAD, BLOCK),
                 )
             else:
-                state = _one_by_one(
+                state = one_by_one(
                     *(state, A2, bias_row, D_row, sources, targets, place, edit_here, t, end),
                     *(POS, NUMBERS, SPARE, SOFTPLUS, RECORD_ALL, MASK_D, MASK_N, SPREAD),
                 )
         else:
-            state = _whole_tile(
+            state = whole_tile(
                 *(state, A2, (bias_row, bias_across), (D_row, D_across), rows, (B_shared, C_shared), shared, z),
                 *(targets, place, across, edit_here, t, POS, NUMBERS, SPARE, SOFTPLUS, RECORD_ALL, MASK_D, UNROLL),
                 *(TILE, SPREAD, BLOCK),
@@ -498,10 +255,10 @@ def scan_forward_kernel(
         if ends_element:
             if chunk == n_chunks - 1:
                 store_spread(final_state, batch, 0, d0, d_end, d_state, state, SPREAD)
-            if ends is not None:
+            if flags is not None:
                 if chunk == 0:
                     store_spread(ends, batch, 0, d0, d_end, d_state, state, SPREAD)
-                    announce(flags + pid)
+                    announce(flags + tl.num_programs(0) + pid)
             batch += 1
             if batch <= last_batch:
                 if start is None:

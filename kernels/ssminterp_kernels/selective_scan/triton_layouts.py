@@ -1,9 +1,9 @@
 """Which thread holds which elements of a tile, said to the compiler in Gluon.
 
-Gluon is Triton's language with explicit layouts and shared memory (triton.experimental.gluon). The backward scan needs
-both: left to itself the compiler moves every row of x or delta between lanes at every position, and holds more states
-in registers than fit. Triton's interpreter knows no Gluon, so with TRITON_INTERPRET=1 the same kernels are plain
-Triton, layouts are None, and a place in shared memory is a Python list.
+Gluon is Triton's language with explicit layouts and shared memory (triton.experimental.gluon). The scans need both:
+left to itself the compiler has every thread load and convert every row of B and C, moves rows of x or delta between
+lanes at every position, and holds more states in registers than fit. Triton's interpreter knows no Gluon, so with
+TRITON_INTERPRET=1 the same kernels are plain Triton, layouts are None, and a place in shared memory is a Python list.
 """
 
 from __future__ import annotations
@@ -207,15 +207,16 @@ else:
     def forward_layouts_of(block_d: int, block_n: int, unroll: int, num_warps: int, per_thread: int) -> ForwardLayouts:
         """per_thread: how many states of a channel a thread holds, at most."""
         warps = [num_warps, 1]
-        tiles = []
-        for many in (per_thread, 4):
+
+        def tile(many: int) -> Any:
             lanes = min(32, block_n // min(block_n, many))
-            tiles.append(gl.BlockedLayout([1, min(block_n, many)], [32 // lanes, lanes], warps, [1, 0]))
+            return gl.BlockedLayout([1, min(block_n, many)], [32 // lanes, lanes], warps, [1, 0])
+
         block = gl.BlockedLayout([1, 1], [1, 32], warps, [1, 0])
         lanes = min(block_n, 32)
         of_t = max(1, unroll * lanes // (32 * num_warps))
         rows = gl.BlockedLayout([of_t, block_n // lanes], [32 // lanes, lanes], warps, [1, 0])
-        return ForwardLayouts(*tiles, block, rows, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        return ForwardLayouts(tile(per_thread), tile(4), block, rows, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
     @jit
     @no_type_check

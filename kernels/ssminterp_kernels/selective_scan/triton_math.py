@@ -123,6 +123,38 @@ def state_tile(tensor, batch, i, d, n, zero):
 
 @triton.jit
 @no_type_check
+def _wide(pointer, d, d_stride, BLOCK_N: tl.constexpr):
+    """Pointers [BLOCK_D, BLOCK_N / W, W] to what `tile` points to if d_state is contiguous; W numbers are 16 bytes.
+
+    The compiler lays this out with 16 bytes in a row for a thread and neighbouring channels in neighbouring threads, so
+    a thread has the same numbers as in a `tile`, by a quarter of the instructions.
+    """
+    W: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
+    many = tl.arange(0, BLOCK_N // W) * W
+    return pointer + (d[:, None, None] * d_stride + many[None, :, None] + tl.arange(0, W)[None, None, :])
+
+
+@triton.jit
+@no_type_check
+def load_wide(pointer, d, d_stride, there, BLOCK_N: tl.constexpr):
+    """Float32 [BLOCK_N, BLOCK_D] from memory in which the d_state = BLOCK_N numbers of a channel are contiguous."""
+    BLOCK_D: tl.constexpr = d.shape[0]
+    values = tl.load(_wide(pointer, d, d_stride, BLOCK_N), mask=there[:, None, None], other=0.0)
+    return tl.reshape(tl.permute(values.to(tl.float32), (1, 2, 0)), (BLOCK_N, BLOCK_D))
+
+
+@triton.jit
+@no_type_check
+def store_wide(pointer, d, d_stride, value, there):
+    """Write [BLOCK_N, BLOCK_D] to memory in which the d_state = BLOCK_N numbers of a channel are contiguous."""
+    BLOCK_N: tl.constexpr = value.shape[0]
+    W: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
+    values = tl.permute(tl.reshape(value, (BLOCK_N // W, W, d.shape[0])), (2, 0, 1))
+    tl.store(_wide(pointer, d, d_stride, BLOCK_N), values, mask=there[:, None, None])
+
+
+@triton.jit
+@no_type_check
 def load_masked(pointers, mask, MASK: tl.constexpr):
     if MASK:
         return tl.load(pointers, mask=mask, other=0.0)

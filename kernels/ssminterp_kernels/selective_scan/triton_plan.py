@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 REGISTERS_BACKWARD = 168  # of a thread: what 12 warps on a multiprocessor leave each
+WARPS_FORWARD = 12  # on a multiprocessor at once, at 168 registers a thread
 WARPS_BACKWARD = 12
 SEGMENT = 32  # positions between the states that the forward pass leaves for the backward pass: 3 % of all states
 
@@ -83,7 +84,7 @@ def plan_scan(
         max_registers = 255 if warps_in_one_pass * n_chunks <= 8 * n_processors else 168
     elements = 1
     if in_one_wave and n_chunks == 1:
-        elements = _elements_of_a_program(batch, n_blocks, warps_wanted * n_processors // num_warps, length)
+        elements = _elements_of_a_program(batch, n_blocks, WARPS_FORWARD * n_processors // num_warps, length)
     return Plan(
         *(block_n, block_d, num_warps, unroll, max_registers, group_size, n_blocks, chunk_length, n_chunks),
         elements=elements,

@@ -147,8 +147,7 @@ def forward_plan(s: ScanTensors) -> Plan:
     """How the forward pass covers s."""
     batch, length, d_inner = s.x.shape
     sizes = (batch, length, d_inner, s.A.shape[1], s.B.shape[2], processor_count(s.x.device))
-    widest = 32 if s.record_all else 64
-    plan = plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=12, widest_block=widest, in_one_wave=True)
+    plan = plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=24, widest_block=64, in_one_wave=True)
     return for_trajectories(plan) if s.record_all else plan
 
 
@@ -163,7 +162,7 @@ def adjoint_plan(s: ScanTensors) -> Plan:
     """How the scan of adjoints alone covers s."""
     batch, length, d_inner = s.x.shape
     sizes = (batch, length, d_inner, s.A.shape[1], s.B.shape[2], processor_count(s.x.device))
-    return plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=12, in_one_wave=True)
+    return plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=12, widest_block=64, in_one_wave=True)
 
 
 def _masks(plan: Plan, d_state: int) -> dict[str, bool]:
@@ -222,10 +221,10 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
         boundaries = new_states(s, batch, -(-length // SEGMENT))
     recorded = position_table(s.recorded) if n_recorded else None
     start = s.initial_state if s.initial_state is None else s.initial_state.unsqueeze(1)
-    ends = flags = None
+    decays = locals_ = ends = flags = None
     if plan.is_chunked:
-        ends = new_states(s, batch, plan.n_chunks)
-        flags = torch.empty(plan.programs(batch), dtype=torch.int32, device=s.x.device)
+        decays, locals_, ends = (new_states(s, batch, plan.n_chunks) for _ in range(3))
+        flags = torch.empty(2 * plan.programs(batch), dtype=torch.int32, device=s.x.device)
         launch(clear_flags_kernel, (-(-flags.shape[0] // 1024),), flags, flags.shape[0], BLOCK=1024, num_warps=4)
     tensors = (s.x, s.delta, s.z, s.A, s.B, s.C, s.D, s.bias, start)
     launch(
@@ -233,7 +232,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
         (plan.programs(-(-batch // plan.elements)),),
         *(strided(tensor) for tensor in tensors),
         *(edit_table(s.edits), strided(s.keep), strided(s.add), recorded),
-        *(strided(y), strided(states), strided(boundaries), strided_state(final_state), strided(ends), flags),
+        *(strided(y), strided(states), strided(boundaries), strided_state(final_state)),
+        *(strided(decays), strided(locals_), strided(ends), flags),
         *(batch, plan.elements, *placement(plan, length), d_state),
         POS=strides_of_pos(s.x, s.delta, s.z, s.B, s.C, y),
         NUMBERS=(_is_number(s.keep), _is_number(s.add)),
