@@ -50,15 +50,11 @@ def plan_scan(
     enough_warps: int,
     warps_wanted: int,
     widest_block: int = 32,
-    shortest_chunk: int = 64,
-    in_one_wave: bool = False,
 ) -> Plan:
-    """One pass over time if that has `enough_warps` per multiprocessor, else chunks to have `warps_wanted`.
+    """One pass over time if that has `enough_warps` per multiprocessor, else chunks to have at most `warps_wanted`.
 
     A program has at most `widest_block` channels, 32 of them a warp. Warps of one program share their rows of B and C.
-    A chunk is a multiple of `unroll` positions. With
-    `in_one_wave` no more than `warps_wanted` are there, which then must be what fits on a multiprocessor.
-    Remembered, because it would take a tenth of a short call's time.
+    A chunk is a multiple of `unroll` positions. Remembered, because it would take a tenth of a short call's time.
     """
     group_size = d_inner // n_groups
     block_n = _next_power_of_2(d_state)
@@ -69,9 +65,7 @@ def plan_scan(
     warps_in_one_pass = batch * n_blocks * num_warps
     chunks = 1
     if warps_in_one_pass < enough_warps * n_processors:
-        wanted = warps_wanted * n_processors
-        fitting = wanted // warps_in_one_pass if in_one_wave else _ceil_div(wanted, warps_in_one_pass)
-        chunks = min(fitting, length // shortest_chunk)
+        chunks = min(warps_wanted * n_processors // warps_in_one_pass, length // _shortest_chunk(length))
     # Two chunks would pay the second pass over time and win nothing.
     if chunks <= 2:
         chunks = 1
@@ -79,11 +73,11 @@ def plan_scan(
     chunk_length = _ceil_div(_ceil_div(length, chunks), unroll) * unroll
     n_chunks = _ceil_div(length, chunk_length)
     max_registers = None
-    if in_one_wave and block_n <= 16:
+    if block_n <= 16:
         # Told a limit, the compiler uses all of it to overlap positions; else it guards an occupancy that does not pay.
         max_registers = 255 if warps_in_one_pass * n_chunks <= 8 * n_processors else 168
     elements = 1
-    if in_one_wave and n_chunks == 1:
+    if n_chunks == 1:
         elements = _elements_of_a_program(batch, n_blocks, WARPS_FORWARD * n_processors // num_warps, length)
     return Plan(
         *(block_n, block_d, num_warps, unroll, max_registers, group_size, n_blocks, chunk_length, n_chunks),
@@ -91,15 +85,22 @@ def plan_scan(
     )
 
 
+def _shortest_chunk(length: int) -> int:
+    """Of how many positions a chunk is worth its second pass; below 128 none is."""
+    if length < 128:
+        return length
+    return 16 if length < 256 else 32 if length < 1024 else 64
+
+
 def _elements_of_a_program(batch: int, n_blocks: int, slots: int, length: int) -> int:
-    """So many that waves of programs are few and full; to begin a program costs what some positions do."""
+    """Of short sequences several, because to begin a program costs what some positions do; at most 64 positions."""
     to_begin = 8
 
-    def cost(elements: int) -> int:
-        waves = _ceil_div(_ceil_div(batch, elements) * n_blocks, slots)
+    def cost(elements: int) -> float:
+        waves = max(1.0, _ceil_div(batch, elements) * n_blocks / slots)
         return waves * (elements * length + to_begin)
 
-    return min(range(1, min(batch, 16) + 1), key=cost)
+    return min(range(1, max(1, min(batch, 64 // length)) + 1), key=cost)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -147,7 +147,9 @@ def forward_plan(s: ScanTensors) -> Plan:
     """How the forward pass covers s."""
     batch, length, d_inner = s.x.shape
     sizes = (batch, length, d_inner, s.A.shape[1], s.B.shape[2], processor_count(s.x.device))
-    plan = plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=24, widest_block=64, in_one_wave=True)
+    # Chunks of several waves: while some wait for the state before them, others have it; the more if many bytes wait.
+    wanted = 48 if s.record_all else 24
+    plan = plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=wanted, widest_block=64)
     return for_trajectories(plan) if s.record_all else plan
 
 
@@ -162,7 +164,7 @@ def adjoint_plan(s: ScanTensors) -> Plan:
     """How the scan of adjoints alone covers s."""
     batch, length, d_inner = s.x.shape
     sizes = (batch, length, d_inner, s.A.shape[1], s.B.shape[2], processor_count(s.x.device))
-    return plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=12, widest_block=64, in_one_wave=True)
+    return plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=12, widest_block=64)
 
 
 def _masks(plan: Plan, d_state: int) -> dict[str, bool]:
