@@ -89,11 +89,22 @@ def repeated(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
     return cast("Callable[Arguments, Result]", wrapper)
 
 
-@functools.lru_cache(maxsize=64)
+_kept_zeros: dict[tuple[tuple[int, ...], torch.dtype, torch.device], Tensor] = {}
+
+
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """One zero, expanded; kept, because to fill it is a launch."""
-    with torch.inference_mode(False):
-        return torch.zeros((), dtype=dtype, device=device).expand(shape)
+    key = (shape, dtype, device)
+    kept = _kept_zeros.get(key)
+    if kept is None:
+        with torch.inference_mode(False):
+            kept = torch.zeros((), dtype=dtype, device=device).expand(shape)
+        # What is filled while a graph is captured is filled when the graph runs, and lies in its memory.
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            if len(_kept_zeros) >= MOST_LAYOUTS:
+                _kept_zeros.clear()
+            _kept_zeros[key] = kept
+    return kept
 
 
 _UNKNOWN: Final[Any] = object()
