@@ -20,8 +20,7 @@ class BaseRows:
     ) -> None:
         self.stages = stages
         self.n = stages.n
-        # The residual stream is overwritten when the rows go on.
-        self.resid_pre, self.mixer_in, self.in_x = resid[0, : self.n].clone(), mixer_in[0, : self.n], in_x[0, : self.n]
+        self.resid_pre, self.mixer_in, self.in_x = (tensor[0, : self.n] for tensor in (resid, mixer_in, in_x))
         self.all_in_x, self.all_gate = in_x, gate
         self.inputs = inputs
 

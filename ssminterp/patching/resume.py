@@ -30,9 +30,10 @@ from ssminterp.patching.plan import (
 )
 from ssminterp.patching.records import Records, Sources, column_means, record, records_of, wanted_at
 from ssminterp.patching.request import Sweep
-from ssminterp.patching.rows import Changes, run_rows
+from ssminterp.patching.rows import Changes, cells_by_place, run_rows
 from ssminterp.patching.sites import Places, Sites, Wanted, collect
 from ssminterp.patching.storage import Results
+from ssminterp_kernels.backends import takes_triton
 from ssminterp_kernels.rows import Packing
 
 # With out=, an interrupted sweep loses at most about this part of its work.
@@ -41,12 +42,23 @@ PARTS_WITH_FOLDER = 20
 CPU_LOGITS = 4_000_000
 
 
+class _Passed(NamedTuple):
+    """Rows that have gone through the layers: where they began, what is read of them, their cells in order, and their
+    residual streams [cells, n_keep, d_model]."""
+
+    sites: Sites
+    read: _Read
+    cells: Sequence[int]
+    hidden: Tensor
+
+
 class _Prepared(NamedTuple):
-    """A job of one chunk of sites, and what is recorded for it."""
+    """A job of one chunk of sites, and what is recorded for it, or its only pass."""
 
     job: Job
     sites: Sites
-    records: Records
+    records: Records | None
+    passed: _Passed | None
 
 
 class ResumeEngine:
@@ -80,14 +92,20 @@ class ResumeEngine:
         last = sweep.model.hook_points[f"blocks.{sweep.model.cfg.n_layers - 1}.hook_resid_post"]
         wanted = [Wanted(last, places)]
         only = self._only_chunk()
-        if only is not None:
+        runs, span = torch.cat([sweep.source, sweep.base]), record_span(sweep, 2 * batch, self.limits)
+        if only is not None and self._is_one_pass(*only, span):
             job, sites = only
-            wanted += wanted_at(sweep, sites, job.cells, sites.example + batch, sites.example)
-        runs = torch.cat([sweep.source, sweep.base])
-        residual, *found = collect(sweep.model, runs, wanted, record_span(sweep, 2 * batch, self.limits))
-        assert residual is not None
-        if only is not None:
-            self._prepared = _Prepared(job, sites, records_of(sweep, len(sites), job.cells, found))
+            residual, passed = self._joint_pass(job, sites, runs, places)
+            self._prepared = _Prepared(job, sites, None, passed)
+        else:
+            if only is not None:
+                job, sites = only
+                wanted += wanted_at(sweep, sites, job.cells, sites.example + batch, sites.example)
+            recorded, *found = collect(sweep.model, runs, wanted, span)
+            assert recorded is not None
+            residual = recorded
+            if only is not None:
+                self._prepared = _Prepared(job, sites, records_of(sweep, len(sites), job.cells, found), None)
         residual = residual.unflatten(0, (2, batch, -1))
         self._base_residual = residual[1]
         values = self.readout.values(residual, self.max_logits)
@@ -103,6 +121,23 @@ class ResumeEngine:
         sites = job_sites(self.sweep, jobs[0], self.readout.reads)
         chunks = list(plan_records(self.sweep, sites, self.limits))
         return (jobs[0], sites) if len(chunks) == 1 else None
+
+    def _is_one_pass(self, job: Job, sites: Sites, span: int) -> bool:
+        """Whether all rows go through the layers at once, with the runs that they are recorded from."""
+        if not len(sites) or span < self.sweep.length or not joint_pass_suits(self.sweep):
+            return False
+        return next(plan_passes(self.sweep, sites, job.cells, self.limits)) == (slice(0, len(sites)), job.cells)
+
+    def _joint_pass(
+        self, job: Job, sites: Sites, runs: Int[Tensor, "runs pos"], places: Places
+    ) -> tuple[Float[Tensor, "m d_model"], _Passed]:
+        from ssminterp.patching.joint_pass import Pass, run_jointly  # Triton may not be installed
+
+        packing = Packing(sites.need.tolist())
+        read = _tokens_read(sites, packing, self.readout.reads)
+        rows = Pass(job.cells, sites, packing, _tokens(self.sweep, sites, packing), read.keep.tolist())
+        residual, cells, hidden = run_jointly(self.sweep, runs, rows, places)
+        return residual, _Passed(sites, read, cells, hidden)
 
     def fill(self, results: Results, advance: Callable[[int], object]) -> None:
         """Run every cell that `results` does not hold yet, after `baselines`."""
@@ -120,9 +155,11 @@ class ResumeEngine:
         assert self._base_residual is not None
         sweep, limits, reads = self.sweep, self.limits, self.readout.reads
         final = self._base_residual.repeat(len(job.cells), len(job.columns), 1, 1, 1)
-        cell_place = {cell: i for i, cell in enumerate(job.cells)}
-        means = column_means(sweep, job, limits) if sweep.intervention == "mean" else None
         prepared = self._prepared_for(job)
+        if prepared is not None and prepared.passed is not None:
+            _scatter(final, prepared.passed, job)
+            return final
+        means = column_means(sweep, job, limits) if sweep.intervention == "mean" else None
         every_site = job_sites(sweep, job, reads) if prepared is None else prepared.sites
         finished = 0
         for sites in plan_records(sweep, every_site, limits):
@@ -137,11 +174,9 @@ class ResumeEngine:
                 changes = _changes(sweep, cells, own.sources, some)
                 packing = Packing(some.need.tolist())
                 read = _tokens_read(some, packing, reads)
-                keep = read.token.unique()
-                order, hidden = run_rows(
-                    sweep, _tokens(sweep, some, packing), packing, own.pasts, changes, keep.tolist()
-                )
-                _scatter(final, hidden, [cell_place[cell] for cell in order], some, job, read, keep)
+                tokens = _tokens(sweep, some, packing)
+                passed = run_rows(sweep, tokens, packing, own.pasts, changes, read.keep.tolist())
+                _scatter(final, _Passed(some, read, *passed), job)
                 finished += len(cells) * len(some)
                 progress.show(finished / (len(job.cells) * len(every_site)))
         return final
@@ -175,6 +210,15 @@ def check_nothing_attached(names: Sequence[str]) -> None:
         )
 
 
+def joint_pass_suits(sweep: Sweep) -> bool:
+    """Whether a sweep can go through the layers together with the runs that it is about."""
+    if not all(takes_triton(block.mixer.conv1d.weight) for block in sweep.model.blocks):
+        return False
+    from ssminterp.patching.joint_pass import suits  # Triton may not be installed
+
+    return suits(sweep)
+
+
 def _check_fits(sweep: Sweep, limits: Limits) -> None:
     smallest = max(2 * row_bytes(sweep, sweep.length), 2 * recording_bytes(sweep))
     needed = 4 * (smallest + site_bytes(sweep))
@@ -193,6 +237,11 @@ class _Read(NamedTuple):
     read: Int[Tensor, " m"]
     token: Int[Tensor, " m"]
 
+    @property
+    def keep(self) -> Int[Tensor, " n_keep"]:
+        """All tokens that are read, ascending."""
+        return self.token.unique()
+
 
 def _tokens_read(sites: Sites, packing: Packing, reads: Int[Tensor, "batch n_reads"]) -> _Read:
     after = reads[sites.example] - sites.position[:, None]  # n, n_reads
@@ -200,19 +249,14 @@ def _tokens_read(sites: Sites, packing: Packing, reads: Int[Tensor, "batch n_rea
     return _Read(site, read, torch.tensor(packing.starts)[after[site, read]] + site)
 
 
-def _scatter(
-    final: Float[Tensor, "cells columns batch n_reads d_model"],
-    hidden: Float[Tensor, "some_cells n_keep d_model"],
-    cells: Sequence[int],
-    sites: Sites,
-    job: Job,
-    read: _Read,
-    keep: Int[Tensor, " n_keep"],
-) -> None:
+def _scatter(final: Float[Tensor, "cells columns batch n_reads d_model"], passed: _Passed, job: Job) -> None:
     """Put the rows' residual streams where they belong; what is read before a site stays as in the base run."""
+    sites, read, hidden = passed.sites, passed.read, passed.hidden
+    cell_place = {cell: i for i, cell in enumerate(job.cells)}
+    cells = torch.tensor([cell_place[cell] for cell in passed.cells])
     columns = torch.tensor([job.columns.index(int(k)) for k in sites.column])[read.site]
-    where = (torch.tensor(list(cells))[:, None], columns, sites.example[read.site], read.read)
-    place = torch.searchsorted(keep, read.token).to(hidden.device, non_blocking=True)
+    where = (cells[:, None], columns, sites.example[read.site], read.read)
+    place = torch.searchsorted(read.keep, read.token).to(hidden.device, non_blocking=True)
     at = tuple(index.to(final.device, non_blocking=True) for index in where)
     final[at] = hidden[:, place].to(final)
 
@@ -226,13 +270,9 @@ def _tokens(sweep: Sweep, sites: Sites, packing: Packing) -> Int[Tensor, " token
 
 def _changes(sweep: Sweep, cells: Sequence[int], sources: Sources, sites: Sites) -> dict[int, list[Changes]]:
     """The cells of a pass by layer and hook."""
-    _, n_layers, _, n_selections = sweep.grid
-    grouped: dict[tuple[int, int], list[int]] = {}
-    for cell in cells:
-        hook, rest = divmod(cell, n_layers * n_selections)
-        grouped.setdefault((hook, sweep.layers[rest // n_selections]), []).append(cell)
+    n_selections = len(sweep.selections)
     changes: dict[int, list[Changes]] = {}
-    for (hook, layer), own in grouped.items():
+    for (hook, layer), own in cells_by_place(sweep, cells).items():
         selections = [cell % n_selections for cell in own]
         point, source = sweep.point(sweep.specs[hook], layer), sources[hook, layer]
         changes.setdefault(layer, []).append(Changes(point, own, selections, source, sites))

@@ -30,7 +30,7 @@ from ssminterp.patching.compiled_stages import stages_of
 from ssminterp.patching.moved import Place
 from ssminterp.patching.request import Sweep
 from ssminterp.patching.sites import Sites
-from ssminterp.patching.stages import Past, ScanInputs, Stages, every_A, read
+from ssminterp.patching.stages import Past, ScanInputs, Stages, embedded, every_A, read
 from ssminterp.patching.tiles import Pile, Rows
 from ssminterp_kernels.rows import Packing
 
@@ -82,7 +82,7 @@ class Changes(NamedTuple):
         return torch.stack(torch.broadcast_tensors(*masks))[:, None]
 
 
-class _TakenIn(NamedTuple):
+class TakenIn(NamedTuple):
     """What tiles make of their residual stream up to the scan, [tiles, tokens, …]; gate where it is kept."""
 
     resid: Tensor
@@ -92,10 +92,10 @@ class _TakenIn(NamedTuple):
     inputs: ScanInputs
 
     @property
-    def of_base(self) -> _TakenIn:
+    def of_base(self) -> TakenIn:
         """The first tile."""
         resid, mixer_in, in_x, gate = (tensor[:1] for tensor in self[:4])
-        return _TakenIn(resid, mixer_in, in_x, gate, self.inputs.map(lambda tensor: tensor[:1]))
+        return TakenIn(resid, mixer_in, in_x, gate, self.inputs.map(lambda tensor: tensor[:1]))
 
 
 class _Fork(NamedTuple):
@@ -110,7 +110,7 @@ class _Fork(NamedTuple):
     resid_pre: Tensor | None = None
 
 
-class _Layer:
+class Layer:
     """One layer of a pass: where its changes part from the base, and what all rows make of it."""
 
     def __init__(self, sweep: Sweep, stages: Stages, groups: Sequence[Changes]) -> None:
@@ -124,31 +124,41 @@ class _Layer:
         stages = self.stages
         blocks = rows.used.split(stages.tiles_at_once())
         first = self._taken_in(blocks[0])
-        base = BaseRows(stages, *first.of_base)
-        forks = [fork for fork in (self._before_conv(rows, base), self._up_to_state(base)) if fork is not None]
-        local = self._after_state(base)
+        forks, local = self._parted(rows, first)
         if stages.keep is not None:
             return self._last(rows, blocks, first, forks, local)
-        # Before the base rows go on: new tiles start from their residual stream.
-        for fork in forks:
-            tiles = rows.added(fork.cells)
-            if fork.resid_pre is not None:
-                tiles[:, : stages.n] = fork.resid_pre
-            stages.added_out(tiles, fork.gated)
+        self._grow(rows, forks, local)
         for i, block in enumerate(blocks):
             taken_in = self._taken_in(block) if i else first
             stages.added_out(block, stages.gated(taken_in.inputs, taken_in.gate))
-        rows.first_cells, rows.first = local.cells, rows.first[:0] if local.tensor is None else local.tensor
         return None
 
-    def _taken_in(self, block: Float[Tensor, "tiles tokens d_model"]) -> _TakenIn:
+    def branch(self, rows: Rows, taken_in: TakenIn) -> None:
+        """Let the layer's changes part from the base rows, which are to go on behind the layer only then."""
+        self._grow(rows, *self._parted(rows, taken_in))
+
+    def _parted(self, rows: Rows, taken_in: TakenIn) -> tuple[list[_Fork], Pile]:
+        base = BaseRows(self.stages, *taken_in.of_base)
+        forks = [fork for fork in (self._before_conv(rows, base), self._up_to_state(base)) if fork is not None]
+        return forks, self._after_state(base)
+
+    def _grow(self, rows: Rows, forks: Sequence[_Fork], local: Pile) -> None:
+        """New tiles start from the base's residual stream before it goes on."""
+        for fork in forks:
+            tiles = rows.added(fork.cells)
+            if fork.resid_pre is not None:
+                tiles[:, : self.stages.n] = fork.resid_pre
+            self.stages.added_out(tiles, fork.gated)
+        rows.first_cells, rows.first = local.cells, rows.first[:0] if local.tensor is None else local.tensor
+
+    def _taken_in(self, block: Float[Tensor, "tiles tokens d_model"]) -> TakenIn:
         stages = self.stages
         mixer_in = stages.normed(block)
         in_x, gate = stages.projected_where_read(mixer_in)
-        return _TakenIn(block, mixer_in, in_x, gate, stages.scan_inputs(stages.activated(in_x)))
+        return TakenIn(block, mixer_in, in_x, gate, stages.scan_inputs(stages.activated(in_x)))
 
     def _last(
-        self, rows: Rows, blocks: Sequence[Tensor], first: _TakenIn, forks: Sequence[_Fork], local: Pile
+        self, rows: Rows, blocks: Sequence[Tensor], first: TakenIn, forks: Sequence[_Fork], local: Pile
     ) -> Float[Tensor, "tiles n_keep d_model"]:
         stages, kept = self.stages, self.kept_sites
         parts = []
@@ -274,6 +284,16 @@ def _on_tiles(tensor: Float[Tensor, "some n width"], tiles: int) -> Float[Tensor
     return tensor.expand(tiles, -1, -1)
 
 
+def cells_by_place(sweep: Sweep, cells: Sequence[int]) -> dict[tuple[int, int], list[int]]:
+    """Cells by number of the hook and layer."""
+    _, n_layers, _, n_selections = sweep.grid
+    grouped: dict[tuple[int, int], list[int]] = {}
+    for cell in cells:
+        hook, rest = divmod(cell, n_layers * n_selections)
+        grouped.setdefault((hook, sweep.layers[rest // n_selections]), []).append(cell)
+    return grouped
+
+
 def run_rows(
     sweep: Sweep,
     tokens: Int[Tensor, " tokens"],
@@ -289,17 +309,15 @@ def run_rows(
     tokens: of the base run from each site on. packing: how they lie. pasts: of every layer. changes: by layer.
     """
     model = sweep.model
-    embedded = model.lm.get_input_embeddings()(tokens)
-    if model.lm.config.residual_in_fp32:
-        embedded = embedded.float()
+    base = embedded(model, tokens)
     n_tiles = 1 + sum(len(group.cells) for groups in changes.values() for group in groups)
-    rows = Rows(embedded, packing.n, n_tiles)
+    rows = Rows(base, packing.n, base.new_empty(n_tiles, *base.shape))
     decays = every_A(model)
     for layer, past in enumerate(pasts):
         rows.hidden, rows.first = (tensor.to(past.state.device) for tensor in (rows.hidden, rows.first))
         last = layer == len(pasts) - 1
         stages = stages_of(model.blocks[layer], past, packing, decays[layer], keep if last else None)
-        hidden = _Layer(sweep, stages, changes.get(layer, ())).run(rows)
+        hidden = Layer(sweep, stages, changes.get(layer, ())).run(rows)
         if hidden is not None:
             return rows.cells, hidden[1:]
     raise AssertionError("a model has at least one layer")

@@ -16,22 +16,22 @@ from torch import Tensor
 from ssminterp.models import HookedMamba
 from ssminterp.patching.compiled_stages import stages_of
 from ssminterp.patching.sites import Places, Wanted
-from ssminterp.patching.stages import Past, ScanInputs, Stages, every_A
+from ssminterp.patching.stages import Past, ScanInputs, Stages, embedded, every_A
 from ssminterp_kernels.rows import Packing, Recorded
 
 
-class _At(NamedTuple):
+class At(NamedTuple):
     """Places among the tokens of runs, on a device: tokens [m], and where there are none, [m, 1]."""
 
     tokens: Tensor
     missing: Tensor | None
 
     @staticmethod
-    def of(places: Places, n_runs: int, device: torch.device) -> _At:
+    def of(places: Places, n_runs: int, device: torch.device) -> At:
         absent = places.positions < 0
         tokens = torch.where(absent, 0, places.positions * n_runs + places.rows)
         missing = absent[:, None].to(device, non_blocking=True) if absent.any() else None
-        return _At(tokens.to(device, non_blocking=True), missing)
+        return At(tokens.to(device, non_blocking=True), missing)
 
     def of_tokens(
         self, values: Float[Tensor, "1 tokens width"], stage: Callable[[Tensor], Tensor] | None = None
@@ -71,6 +71,21 @@ class _States:
         return [states[at] for at in self._places]
 
 
+class Record(NamedTuple):
+    """The states that one scan writes."""
+
+    wanted: _States
+    states: Float[Tensor, "slots d_inner d_state"]
+
+    @property
+    def to_be_written(self) -> Recorded:
+        return Recorded(self.wanted.slots, self.states)
+
+    def given(self) -> list[Tensor]:
+        """After the scan, for each of what was wanted."""
+        return self.wanted.given(self.states)
+
+
 def _view_or_index(slots: Int[Tensor, " m"], device: torch.device) -> slice | Tensor:
     first = int(slots[0])
     if torch.equal(slots, torch.arange(first, first + len(slots))):
@@ -82,7 +97,7 @@ def values_by_stages(
     model: HookedMamba, tokens: Int[Tensor, "runs pos"], wanted: Sequence[Wanted]
 ) -> list[Float[Tensor, "m *features"]]:
     """The values wanted, from one run over all tokens at once. No logits are computed."""
-    runs = _Runs(model, tokens)
+    runs = Runs(model, tokens)
     by_layer: dict[int, list[int]] = {}
     for i, (point, _) in enumerate(wanted):
         assert point.layer is not None
@@ -94,72 +109,85 @@ def values_by_stages(
     return [found[i] for i in range(len(wanted))]
 
 
-class _Runs:
+def _is_state(wanted: Wanted) -> bool:
+    return wanted.point.spec.short == "state"
+
+
+class Held(NamedTuple):
+    """What a layer's stages make of whole runs, [1, tokens, …]; hidden before the layer."""
+
+    stages: Stages
+    hidden: Tensor
+    mixer_in: Tensor
+    in_x: Tensor
+    gate: Tensor
+    inputs: ScanInputs
+    gated: Tensor
+
+    def value(self, short: str, at: At) -> Float[Tensor, "m width"]:
+        """What a hook holds at some places, but the state."""
+        if short == "delta":
+            return at.of_tokens(self.inputs.delta, self.stages.delta)
+        if short == "conv":
+            return at.of_tokens(self.stages.conv(self.in_x))
+        if short == "mixer_out":
+            return at.of_tokens(self.gated, self.stages.out)
+        if short == "resid_post":
+            return at.of_tokens(self.hidden) + at.of_tokens(self.gated, self.stages.out)
+        if short in ("x", "B", "C"):
+            return at.of_tokens(getattr(self.inputs, short))
+        return at.of_tokens(self.hidden if short == "resid_pre" else getattr(self, short))
+
+
+class Runs:
     """Whole runs on their way through the layers: the rows of a single tile."""
 
     def __init__(self, model: HookedMamba, tokens: Int[Tensor, "runs pos"]) -> None:
         self.model = model
         self.packing = Packing([tokens.shape[1]] * len(tokens))
-        embedded = model.lm.get_input_embeddings()(tokens.T.flatten())[None]
-        self.hidden = embedded.float() if model.lm.config.residual_in_fp32 else embedded
-        self._at: dict[tuple[int, torch.device], _At] = {}
+        self.hidden = embedded(model, tokens.T.flatten())[None]
+        self._at: dict[tuple[int, torch.device], At] = {}
         self._states: dict[tuple[tuple[int, ...], torch.device], _States] = {}
         self._pasts: dict[torch.device, Past] = {}
-        self._A = every_A(model)
+        self.A = every_A(model)
 
     def through(self, layer: int, wanted: Sequence[Wanted]) -> list[Tensor]:
         """Bring the runs behind a layer; the values wanted there."""
-        block = self.model.blocks[layer]
-        device = block.mixer.conv1d.weight.device
-        self.hidden = self.hidden.to(device)
-        stages = stages_of(block, self._past(device), self.packing, self._A[layer])
+        stages = self.stages(layer)
+        self.hidden = self.hidden.to(stages.past.state.device)
         mixer_in = stages.normed(self.hidden)
         in_x, gate = stages.projected(mixer_in)
         inputs = stages.scan_inputs(stages.activated(in_x))
-        gated, states = self._scanned(stages, inputs, gate, wanted)
-        held = {"resid_pre": self.hidden, "mixer_in": mixer_in, "in_x": in_x, "gate": gate, "x": inputs.x}
-        held |= {"B": inputs.B, "C": inputs.C, "gated": gated}
-
-        def value(short: str, at: _At) -> Tensor:
-            if short == "delta":
-                return at.of_tokens(inputs.delta, stages.delta)
-            if short == "conv":
-                return at.of_tokens(stages.conv(in_x))
-            if short == "mixer_out":
-                return at.of_tokens(gated, stages.out)
-            return at.of_tokens(held[short])
-
-        found: list[Tensor | None] = []
-        for point, places in wanted:
-            short = point.spec.short
-            if short == "state":
-                found.append(states.pop(0))
-            else:
-                found.append(None if short == "resid_post" else value(short, self._places(places, device)))
+        record = self.record(stages, wanted)
+        gated = stages.gated(inputs, gate, None if record is None else record.to_be_written)
+        states = [] if record is None else record.given()
+        held = Held(stages, self.hidden, mixer_in, in_x, gate, inputs, gated)
+        found = [states.pop(0) if _is_state(w) else held.value(w.point.spec.short, self.at(w.places)) for w in wanted]
         stages.added_out(self.hidden, gated)
-        return [
-            self._places(w.places, device).of_tokens(self.hidden) if values is None else values
-            for w, values in zip(wanted, found, strict=True)
-        ]
+        return found
 
-    def _scanned(
-        self, stages: Stages, inputs: ScanInputs, gate: Tensor, wanted: Sequence[Wanted]
-    ) -> tuple[Float[Tensor, "1 tokens d_inner"], list[Tensor]]:
-        """The mixer's gated output, and the states wanted."""
-        places = [w.places for w in wanted if w.point.spec.short == "state"]
+    def stages(self, layer: int) -> Stages:
+        block = self.model.blocks[layer]
+        device = block.mixer.conv1d.weight.device
+        return stages_of(block, self._past(device), self.packing, self.A[layer])
+
+    def record(self, stages: Stages, wanted: Sequence[Wanted]) -> Record | None:
+        """What the scan of a layer is to write down; None if no states are wanted."""
+        places = [w.places for w in wanted if _is_state(w)]
         if not places:
-            return stages.gated(inputs, gate), []
-        key = tuple(id(one) for one in places), gate.device
+            return None
+        device = stages.past.state.device
+        key = tuple(id(one) for one in places), device
         if key not in self._states:
-            self._states[key] = _States(places, self.packing.n, self.packing.tokens, gate.device)
-        record = self._states[key]
-        states = record.empty(stages.mixer.d_inner, stages.mixer.d_state)
-        return stages.gated(inputs, gate, Recorded(record.slots, states)), record.given(states)
+            self._states[key] = _States(places, self.packing.n, self.packing.tokens, device)
+        states = self._states[key]
+        return Record(states, states.empty(stages.mixer.d_inner, stages.mixer.d_state))
 
-    def _places(self, places: Places, device: torch.device) -> _At:
+    def at(self, places: Places) -> At:
+        device = self.hidden.device
         key = id(places), device
         if key not in self._at:
-            self._at[key] = _At.of(places, self.packing.n, device)
+            self._at[key] = At.of(places, self.packing.n, device)
         return self._at[key]
 
     def _past(self, device: torch.device) -> Past:

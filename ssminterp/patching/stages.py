@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ssminterp.models import HookedMamba
@@ -299,6 +299,12 @@ class Stages:
     def added_out(self, resid: Float[Tensor, "*tokens d_model"], gated: Float[Tensor, "*tokens d_inner"]) -> None:
         """Add the mixer's output to residual streams, in place."""
         resid += self.out(gated)
+
+
+def embedded(model: HookedMamba, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens d_model"]:
+    """The residual stream that tokens begin with."""
+    found = model.lm.get_input_embeddings()(tokens)
+    return found.float() if model.lm.config.residual_in_fp32 else found
 
 
 def every_A(model: HookedMamba) -> Sequence[Float[Tensor, "d_inner d_state"] | None]:

@@ -12,13 +12,15 @@ from torch import Tensor
 class Rows:
     """Rows on their way through the layers.
 
-    hidden: residual streams [tiles, tokens, d_model], the base rows' first, as many tiles as the pass will have.
+    hidden: room for residual streams, the base rows' first, of as many tiles as the pass will have.
     cells: those of the tiles that are in use, without the base.
     first, first_cells: rows that differ from the base at position 0 alone, [tiles, n, d_model].
     """
 
-    def __init__(self, base: Float[Tensor, "tokens d_model"], n: int, n_tiles: int) -> None:
-        self.hidden = base.new_empty(n_tiles, *base.shape)
+    def __init__(
+        self, base: Float[Tensor, "tokens d_model"], n: int, hidden: Float[Tensor, "tiles tokens d_model"]
+    ) -> None:
+        self.hidden = hidden
         self.hidden[0] = base
         self.cells: list[int] = []
         self.first = base.new_empty(0, n, base.shape[-1])

@@ -27,6 +27,13 @@ class TritonStages(Stages):
         inputs = (own, shared, tokens, self.past.window, self.taps, self.conv_bias)
         return conv_rows(self.packing, *inputs, silu=activation == "silu")
 
+    def activate_into(
+        self, out: Float[Tensor, "tiles tokens d_inner"], in_x: Float[Tensor, "tiles tokens d_inner"]
+    ) -> None:
+        """`activated`, where the activation is SiLU, into a tensor that is there."""
+        inputs = (in_x, None, in_x.shape[1], self.past.window, self.taps, self.conv_bias)
+        conv_rows(self.packing, *inputs, silu=True, out=out)
+
     def activated_early(
         self, first: Float[Tensor, "tiles n d_inner"], base: Float[Tensor, "1 tokens d_inner"]
     ) -> Float[Tensor, "tiles some_tokens d_inner"]:
@@ -47,8 +54,9 @@ class TritonStages(Stages):
         inputs: ScanInputs,
         gate: Float[Tensor, "tiles n_keep d_inner"],
         record: rows.Recorded | None = None,
+        out: Float[Tensor, "tiles n_keep d_inner"] | None = None,
     ) -> Float[Tensor, "tiles n_keep d_inner"]:
-        return scan_rows(self._triton_scan, rows.Early(*inputs), None, None, gate, record=record)
+        return scan_rows(self._triton_scan, rows.Early(*inputs), None, None, gate, out=out, record=record)
 
     def rejoined(
         self,
