@@ -280,6 +280,57 @@ class _Recipe:
                 compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
 
 
+class Sized:
+    """Launches a kernel whose sizes change from call to call, where `repeated` would know no layout again.
+
+    The kernel must be marked not to specialise on them, and take its arguments in the order of `__call__`.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._known: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        grid: int,
+        tensors: Sequence[Any],
+        fixed: tuple[int, ...],
+        sizes: tuple[int, ...],
+        constants: tuple[Any, ...],
+        num_warps: int,
+    ) -> None:
+        """`kernel[(grid,)](*tensors, *fixed, *sizes, *constants, num_warps=num_warps)`.
+
+        tensors: tensors, tuples of a tensor and integers (strides), and None; the first is a tuple or a tensor.
+        """
+        first = tensors[0] if isinstance(tensors[0], Tensor) else tensors[0][0]
+        key = (first.get_device(), fixed, constants, *_specialisation(tensors))
+        compiled = self._known.get(key)
+        if compiled is None or _launches_are_heard_of():
+            compiled = self.kernel[(grid,)](*tensors, *fixed, *sizes, *constants, num_warps=num_warps)
+            if hasattr(compiled, "packed_metadata"):  # the interpreter compiles nothing
+                self._known[key] = compiled
+            return
+        stream = _stream_getter(first.device)()
+        metadata = compiled.packed_metadata
+        arguments = (*tensors, *fixed, *sizes, *constants)
+        compiled.run(grid, 1, 1, stream, compiled.function, metadata, None, None, None, *arguments)
+
+
+def _specialisation(tensors: Sequence[Any]) -> list[Any]:
+    """What a kernel is compiled for: dtypes, alignment, and of strides whether they are 1, multiples of 16 or long."""
+    found: list[Any] = []
+    for argument in tensors:
+        if argument is None:
+            found.append(None)
+            continue
+        tensor, strides = (argument, ()) if isinstance(argument, Tensor) else (argument[0], argument[1:])
+        found += (tensor.dtype, tensor.data_ptr() & 15 == 0)
+        found += [2 if s == 1 else 3 if s >= 1 << 31 else s & 15 == 0 for s in strides]
+    return found
+
+
+@functools.cache
 def _stream_getter(device: torch.device) -> Callable[[], int]:
     """What tells the stream that is current on a device."""
     from triton.runtime import driver

@@ -111,7 +111,7 @@ class _Joint:
         of_tiles = [self._tiles(tensor) for tensor in (mixer_in, in_x, gate)]
         taken_in = TakenIn(self.rows.used, of_tiles[0], of_tiles[1], of_tiles[2], row_inputs)
         Layer(self.sweep, of_rows, self._changes(keys, sources)).branch(self.rows, taken_in)
-        of_runs.added_out(hidden, gated)
+        of_runs.add_out(hidden, gated, hidden)
 
     def through_the_last(
         self, reads: Places

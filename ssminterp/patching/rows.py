@@ -130,7 +130,7 @@ class Layer:
         self._grow(rows, forks, local)
         for i, block in enumerate(blocks):
             taken_in = self._taken_in(block) if i else first
-            stages.added_out(block, stages.gated(taken_in.inputs, taken_in.gate))
+            stages.add_out(block, stages.gated(taken_in.inputs, taken_in.gate), block)
         return None
 
     def branch(self, rows: Rows, taken_in: TakenIn) -> None:
@@ -145,10 +145,13 @@ class Layer:
     def _grow(self, rows: Rows, forks: Sequence[_Fork], local: Pile) -> None:
         """New tiles start from the base's residual stream before it goes on."""
         for fork in forks:
-            tiles = rows.added(fork.cells)
-            if fork.resid_pre is not None:
+            tiles, base = rows.added(fork.cells), rows.hidden[:1]
+            if fork.resid_pre is None:
+                self.stages.add_out(base, fork.gated, tiles)
+            else:
+                tiles.copy_(base.expand_as(tiles))
                 tiles[:, : self.stages.n] = fork.resid_pre
-            self.stages.added_out(tiles, fork.gated)
+                self.stages.add_out(tiles, fork.gated, tiles)
         rows.first_cells, rows.first = local.cells, rows.first[:0] if local.tensor is None else local.tensor
 
     def _taken_in(self, block: Float[Tensor, "tiles tokens d_model"]) -> TakenIn:

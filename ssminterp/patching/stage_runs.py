@@ -163,7 +163,7 @@ class Runs:
         states = [] if record is None else record.given()
         held = Held(stages, self.hidden, mixer_in, in_x, gate, inputs, gated)
         found = [states.pop(0) if _is_state(w) else held.value(w.point.spec.short, self.at(w.places)) for w in wanted]
-        stages.added_out(self.hidden, gated)
+        stages.add_out(self.hidden, gated, self.hidden)
         return found
 
     def stages(self, layer: int) -> Stages:

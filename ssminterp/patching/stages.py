@@ -296,9 +296,14 @@ class Stages:
     def out(self, gated: Float[Tensor, "*tokens d_inner"]) -> Float[Tensor, "*tokens d_model"]:
         return linear(self.mixer.out_proj, gated.to(self.past.window.dtype))
 
-    def added_out(self, resid: Float[Tensor, "*tokens d_model"], gated: Float[Tensor, "*tokens d_inner"]) -> None:
-        """Add the mixer's output to residual streams, in place."""
-        resid += self.out(gated)
+    def add_out(
+        self,
+        resid: Float[Tensor, "#tiles tokens d_model"],
+        gated: Float[Tensor, "tiles tokens d_inner"],
+        into: Float[Tensor, "tiles tokens d_model"],
+    ) -> None:
+        """Write residual streams with the mixer's output added to them; `into` may be `resid` itself."""
+        torch.add(resid, self.out(gated), out=into)
 
 
 def embedded(model: HookedMamba, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens d_model"]:

@@ -31,12 +31,10 @@ class Rows:
         return self.hidden[: 1 + len(self.cells)]
 
     def added(self, cells: Sequence[int]) -> Tensor:
-        """Tiles for more cells, which hold the base's residual stream."""
+        """Tiles for more cells, in which nothing stands yet."""
         start = 1 + len(self.cells)
         self.cells += cells
-        tiles = self.hidden[start : start + len(cells)]
-        tiles.copy_(self.hidden[0].expand_as(tiles))
-        return tiles
+        return self.hidden[start : start + len(cells)]
 
 
 class Pile:

@@ -82,12 +82,20 @@ class TritonStages(Stages):
             scan_rows(self._triton_scan, None, states, rows.Early(*base), gate, out=gated[n_steps:])
         return gated
 
-    def added_out(self, resid: Float[Tensor, "*tokens d_model"], gated: Float[Tensor, "*tokens d_inner"]) -> None:
+    def add_out(
+        self,
+        resid: Float[Tensor, "#tiles tokens d_model"],
+        gated: Float[Tensor, "tiles tokens d_inner"],
+        into: Float[Tensor, "tiles tokens d_model"],
+    ) -> None:
         module: Any = self.mixer.out_proj
-        if is_plain(module) and module.bias is None and resid.dtype == gated.dtype == torch.float32:
-            resid.flatten(0, -2).addmm_(gated.flatten(0, -2), module.weight.T)
+        fused = is_plain(module) and module.bias is None and resid.dtype == gated.dtype == torch.float32
+        if fused and resid is into:
+            into.flatten(0, 1).addmm_(gated.flatten(0, 1), module.weight.T)
+        elif fused and len(resid) == len(into):
+            torch.addmm(resid.flatten(0, 1), gated.flatten(0, 1), module.weight.T, out=into.flatten(0, 1))
         else:
-            super().added_out(resid, gated)
+            super().add_out(resid, gated, into)
 
     @cached_property
     def _triton_scan(self) -> TritonScan:

@@ -36,9 +36,9 @@ def conv_rows_kernel(
     starts,
     rows,
     positions,
+    d_inner,
     n_own,
     n_out,
-    d_inner,
     n_blocks,
     D_CONV: tl.constexpr,
     SILU: tl.constexpr,
@@ -118,12 +118,18 @@ def _place(kept, token):
 @triton.jit(do_not_specialize=["tiles", "reach", "n_first_gates", "n_keep", "n_blocks", "zero"])
 @no_type_check
 def scan_rows_kernel(
-    own,
-    base,
+    start,
+    own_x,
+    own_delta,
+    own_B,
+    own_C,
+    base_x,
+    base_delta,
+    base_B,
+    base_C,
     A,
     D,
     bias,
-    start,
     gate,
     first_gate,
     kept,
@@ -132,12 +138,12 @@ def scan_rows_kernel(
     out,
     starts,
     lengths,
+    d_inner,
+    d_state,
     tiles,
     reach,
     n_first_gates,
     n_keep,
-    d_inner,
-    d_state,
     n_blocks,
     zero,
     OWN_RAW: tl.constexpr,
@@ -147,11 +153,11 @@ def scan_rows_kernel(
 ):
     """out [tiles, n_keep, d_inner]; one program per row and BLOCK_D channels.
 
-    own: (x, delta, B, C) at the first `reach` positions; None if `start` is the state after the first one. base: the
-    same at all others, raw; None if there are none. start: the state before each row, (pointer, stride of tile, stride
-    of row). gate: of the tokens that are kept; first_gate: at position 0 in the first n_first_gates tiles. kept: the
-    place of every token, negative where it is not wanted; None means all. slots: the place among `states` of the state
-    after every token of `own`, of a single tile, negative where it is not wanted; None means nowhere.
+    own_…: x, delta, B and C at the first `reach` positions; None if `start` is the state after the first one. base_…:
+    the same at all others, raw; None if there are none. start: the state before each row, (pointer, stride of tile,
+    stride of row). gate: of the tokens that are kept; first_gate: at position 0 in the first n_first_gates tiles. kept:
+    the place of every token, negative where it is not wanted; None means all. slots: the place among `states` of the
+    state after every token of `own`, of a single tile, negative where it is not wanted; None means nowhere.
     """
     pid = tl.program_id(0)
     block = pid % n_blocks
@@ -175,15 +181,15 @@ def scan_rows_kernel(
     gates = gate[0] + one * gate[1] + d
     outs = out + one * n_keep * d_inner + d
     token = row
-    if own is None:
-        values = _load_row(base[0], base[1], base[2], base[3], 0, token, d, n, there, n_there)
+    if own_x is None:
+        values = _load_row(base_x, base_delta, base_B, base_C, 0, token, d, n, there, n_there)
         k = _place(kept, token)
         z_at = gates + tl.cast(k, tl.int64) * gate[2]
         _write(state, values[0], values[3], D_row, k, z_at, outs, d_inner, there)
         forked = 1
     else:
         forked = tl.minimum(reach, length)
-        upcoming = _load_row(own[0], own[1], own[2], own[3], one, token, d, n, there, n_there)
+        upcoming = _load_row(own_x, own_delta, own_B, own_C, one, token, d, n, there, n_there)
         for t in tl.range(0, forked):
             values = upcoming
             slot = -1 if slots is None else tl.load(slots + token)
@@ -193,7 +199,7 @@ def scan_rows_kernel(
                 ahead = first_gate[0] + one * first_gate[1] + row.to(tl.int64) * first_gate[2] + d
                 z_at = tl.where((t == 0) & (one < n_first_gates), ahead, z_at)
             token = tl.load(starts + tl.minimum(t + 1, forked - 1)) + row
-            upcoming = _load_row(own[0], own[1], own[2], own[3], one, token, d, n, there, n_there)
+            upcoming = _load_row(own_x, own_delta, own_B, own_C, one, token, d, n, there, n_there)
             if OWN_RAW:
                 step = step_size(values[1], bias_row, True)
             else:
@@ -206,14 +212,14 @@ def scan_rows_kernel(
                         store_wide(state_at, d, d_state, state, there)
                     else:
                         tl.store(state_at + d[None, :] * d_state + n[:, None], state, mask=tile_there)
-    if base is not None:
+    if base_x is not None:
         token = tl.load(starts + tl.minimum(forked, length - 1)) + row
-        upcoming = _load_row(base[0], base[1], base[2], base[3], 0, token, d, n, there, n_there)
+        upcoming = _load_row(base_x, base_delta, base_B, base_C, 0, token, d, n, there, n_there)
         for t in tl.range(forked, length):
             values = upcoming
             k = _place(kept, token)
             z_at = gates + tl.cast(k, tl.int64) * gate[2]
             token = tl.load(starts + tl.minimum(t + 1, length - 1)) + row
-            upcoming = _load_row(base[0], base[1], base[2], base[3], 0, token, d, n, there, n_there)
+            upcoming = _load_row(base_x, base_delta, base_B, base_C, 0, token, d, n, there, n_there)
             step = step_size(values[1], bias_row, True)
             state = _advance_and_write(state, A2, values, step, D_row, k, z_at, outs, d_inner, there)

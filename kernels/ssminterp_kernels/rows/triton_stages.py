@@ -10,11 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssminterp_kernels.backends import on_device_of
+from ssminterp_kernels.launching import Sized
 from ssminterp_kernels.rows.mixer_stages import Early, Recorded
 from ssminterp_kernels.rows.packing import Packing
 from ssminterp_kernels.rows.triton_kernels import conv_rows_kernel, scan_rows_kernel
 
 _BLOCK_D, _WARPS = 64, 2
+_conv_rows, _scan_rows = Sized(conv_rows_kernel), Sized(scan_rows_kernel)
 
 
 class TritonScan(NamedTuple):
@@ -62,14 +64,16 @@ def conv_rows(
     block_t, block_d = 16, min(64, max(32, _power_of_2(d_inner)))
     n_blocks = -(-d_inner // block_d)
     with on_device_of(own):
-        conv_rows_kernel[(tiles * -(-n_out // block_t) * n_blocks,)](
-            *(_tiled(own), _tiled(shared), (window, *window.stride()), (taps, *taps.stride())),
-            *(None if bias is None else (bias, bias.stride(0)), y, starts, rows, positions),
-            *(n_own, n_out, d_inner, n_blocks),
-            D_CONV=len(taps),
-            SILU=silu,
-            BLOCK_T=block_t,
-            BLOCK_D=block_d,
+        _conv_rows(
+            tiles * -(-n_out // block_t) * n_blocks,
+            (
+                *(_tiled(own), _tiled(shared), (window, *window.stride()), (taps, *taps.stride())),
+                *(None if bias is None else (bias, bias.stride(0)), y, starts, rows, positions),
+            ),
+            (d_inner,),
+            (n_own, n_out, n_blocks),
+            (len(taps), silu, block_t, block_d),
+            num_warps=4,
         )
     return y
 
@@ -105,21 +109,16 @@ def scan_rows(
     n_blocks = -(-d_inner // _BLOCK_D)
     block_n = _power_of_2(d_state)
     with on_device_of(past):
-        scan_rows_kernel[(tiles * packing.n * n_blocks,)](
-            *(_inputs(own), _inputs(base), scan.A, (scan.D, scan.D.stride(0))),
-            *(
-                None if scan.bias is None else (scan.bias, scan.bias.stride(0)),
-                before,
-                _tiled(gate),
-                _tiled(first_gate),
+        _scan_rows(
+            tiles * packing.n * n_blocks,
+            (
+                *(before, *_inputs(own), *_inputs(base), scan.A, (scan.D, scan.D.stride(0))),
+                *(None if scan.bias is None else (scan.bias, scan.bias.stride(0)), _tiled(gate), _tiled(first_gate)),
+                *(scan.table, *(record or (None, None)), out, starts, lengths),
             ),
-            *(scan.table, *(record or (None, None))),
-            *(out, starts, lengths, tiles, reach, 0 if first_gate is None else len(first_gate)),
-            *(gate.shape[1], d_inner, d_state, n_blocks, 0),
-            OWN_RAW=own is not None and own.raw,
-            WIDE=d_state == block_n and d_state >= 4,
-            BLOCK_N=block_n,
-            BLOCK_D=_BLOCK_D,
+            (d_inner, d_state),
+            (tiles, reach, 0 if first_gate is None else len(first_gate), gate.shape[1], n_blocks, 0),
+            (own is not None and own.raw, d_state == block_n and d_state >= 4, block_n, _BLOCK_D),
             num_warps=_WARPS,
         )
     return out
@@ -134,8 +133,8 @@ def _tiled(tensor: Tensor | None) -> tuple[Any, ...] | None:
     return tensor, 0 if len(tensor) == 1 else tensor.stride(0), tensor.stride(1)
 
 
-def _inputs(inputs: Early | None) -> tuple[tuple[Any, ...] | None, ...] | None:
-    return None if inputs is None else tuple(_tiled(tensor) for tensor in inputs[:4])
+def _inputs(inputs: Early | None) -> tuple[tuple[Any, ...] | None, ...]:
+    return (None,) * 4 if inputs is None else tuple(_tiled(tensor) for tensor in inputs[:4])
 
 
 def _power_of_2(n: int) -> int:
