@@ -12,26 +12,15 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ssminterp.patching.compiled_stages import stages_class
 from ssminterp.patching.records import wanted_at
 from ssminterp.patching.request import Sweep
 from ssminterp.patching.rows import Changes, Layer, TakenIn, cells_by_place
-from ssminterp.patching.sites import BY_STAGES, Places, Sites, Wanted
+from ssminterp.patching.sites import Places, Sites, Wanted
 from ssminterp.patching.stage_runs import At, Held, Runs
 from ssminterp.patching.stages import Past, embedded
 from ssminterp.patching.tiles import Rows
 from ssminterp.patching.triton_stages import TritonStages
 from ssminterp_kernels.rows import Packing
-
-
-def suits(sweep: Sweep) -> bool:
-    """Whether a sweep can go through the layers together with the runs that it is about."""
-    mixers = [block.mixer for block in sweep.model.blocks]
-    one_device = len({mixer.A_log.device for mixer in mixers}) == 1
-    told = all(spec.short in BY_STAGES for spec in sweep.specs)
-    by_triton = all(issubclass(stages_class(mixer), TritonStages) for mixer in mixers)
-    silu = all(mixer.config.hidden_act in ("silu", "swish") for mixer in mixers)
-    return one_device and told and by_triton and silu and len(mixers) > 1
 
 
 class Pass(NamedTuple):

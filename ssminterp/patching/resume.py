@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ssminterp.models.mixers.mamba1 import SILU
+from ssminterp.patching.compiled_stages import stages_class
 from ssminterp.patching.metrics import Metrics, Readout
 from ssminterp.patching.plan import (
     LOGITS_SHARE,
@@ -31,9 +33,8 @@ from ssminterp.patching.plan import (
 from ssminterp.patching.records import Records, Sources, column_means, record, records_of, wanted_at
 from ssminterp.patching.request import Sweep
 from ssminterp.patching.rows import Changes, cells_by_place, run_rows
-from ssminterp.patching.sites import Places, Sites, Wanted, collect
+from ssminterp.patching.sites import BY_STAGES, Places, Sites, Wanted, collect
 from ssminterp.patching.storage import Results
-from ssminterp_kernels.backends import takes_triton
 from ssminterp_kernels.rows import Packing
 
 # With out=, an interrupted sweep loses at most about this part of its work.
@@ -124,7 +125,7 @@ class ResumeEngine:
 
     def _is_one_pass(self, job: Job, sites: Sites, span: int) -> bool:
         """Whether all rows go through the layers at once, with the runs that they are recorded from."""
-        if not len(sites) or span < self.sweep.length or not joint_pass_suits(self.sweep):
+        if not len(sites) or span < self.sweep.length or not suits_a_joint_pass(self.sweep):
             return False
         return next(plan_passes(self.sweep, sites, job.cells, self.limits)) == (slice(0, len(sites)), job.cells)
 
@@ -210,13 +211,12 @@ def check_nothing_attached(names: Sequence[str]) -> None:
         )
 
 
-def joint_pass_suits(sweep: Sweep) -> bool:
+def suits_a_joint_pass(sweep: Sweep) -> bool:
     """Whether a sweep can go through the layers together with the runs that it is about."""
-    if not all(takes_triton(block.mixer.conv1d.weight) for block in sweep.model.blocks):
-        return False
-    from ssminterp.patching.joint_pass import suits  # Triton may not be installed
-
-    return suits(sweep)
+    mixers = [block.mixer for block in sweep.model.blocks]
+    one_device = len({mixer.A_log.device for mixer in mixers}) == 1
+    launched = all(stages_class(mixer).are_launches and mixer.config.hidden_act in SILU for mixer in mixers)
+    return one_device and launched and len(mixers) > 1 and all(spec.short in BY_STAGES for spec in sweep.specs)
 
 
 def _check_fits(sweep: Sweep, limits: Limits) -> None:

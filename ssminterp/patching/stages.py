@@ -84,6 +84,9 @@ class Stages:
     records_states = False
     """Whether `gated` can write down states on its way."""
 
+    are_launches = False
+    """Whether the stages are launches on a GPU, the fewer the better."""
+
     def __init__(
         self, block: Any, past: Past, packing: Packing, A: Tensor | None = None, keep: list[int] | None = None
     ) -> None:

@@ -18,7 +18,7 @@ from ssminterp_kernels.rows.triton_stages import TritonScan, conv_rows, scan_row
 class TritonStages(Stages):
     """The same stages in few launches, of which each takes the CPU about as long as a small one takes the GPU."""
 
-    records_states = True
+    records_states = are_launches = True
 
     def _conv(self, in_x: Float[Tensor, "tiles some_tokens d_inner"], activation: Activation) -> Tensor:
         return self._conv_of(in_x, None, in_x.shape[1], activation)

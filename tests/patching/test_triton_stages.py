@@ -1,13 +1,14 @@
 """Sweeps by the Triton kernels: on a GPU as they are, elsewhere in Triton's interpreter."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from ssminterp.models.hook_points import HookPoint
-from ssminterp.patching import patch_sweep, rows
+from ssminterp.patching import compiled_stages, joint_pass, patch_sweep, resume
 from ssminterp.patching.sites import BY_STAGES, Places, Wanted, collect
 from ssminterp.patching.stage_runs import values_by_stages
-from ssminterp.patching.triton_stages import TritonStages
 from tests.patching.sweep_cases import HOOKS, assert_equal_sweeps, both_engines, last_logit, metric_at
 from tests.tiny_models import hooked, random_tokens
 
@@ -15,18 +16,38 @@ ROLES = {"here": torch.tensor([0, 3]), "there": torch.tensor([3, 1])}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture
-def pair(monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
-    monkeypatch.setattr(rows, "stages_of", TritonStages)
-    return random_tokens(2, 4, seed=1).to(DEVICE), random_tokens(2, 4, seed=2).to(DEVICE)
+@pytest.fixture(params=["joint", "apart"])
+def pair(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Two prompts for sweeps by Triton, whose rows go through the layers together with the runs, or after them."""
+    monkeypatch.setattr(compiled_stages, "takes_triton", lambda weight: True)
+    joint, ran = resume.suits_a_joint_pass, joint_pass.run_jointly
+    monkeypatch.setattr(resume, "suits_a_joint_pass", lambda sweep: request.param == "joint" and joint(sweep))
+    calls: list[bool] = []
+    monkeypatch.setattr(joint_pass, "run_jointly", lambda *arguments: (calls.append(True), ran(*arguments))[1])
+    yield random_tokens(2, 4, seed=1).to(DEVICE), random_tokens(2, 4, seed=2).to(DEVICE)
+    assert bool(calls) == (request.param == "joint")
 
 
-@pytest.mark.parametrize(("family", "hooks"), [("mamba", HOOKS), ("falcon", ["resid_pre", "x", "state"])])
+# Those whose values recorders alone can see are swept apart from the others.
+@pytest.mark.parametrize(
+    ("family", "hooks"),
+    [("mamba", [hook for hook in HOOKS if hook in BY_STAGES]), ("falcon", ["resid_pre", "x", "state"])],
+)
 def test_the_numbers_are_those_of_the_naive_engine(
     family: str, hooks: list[str], pair: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     model = hooked(family, num_hidden_layers=2).to(DEVICE)
     assert_equal_sweeps(*both_engines(model, *pair, hooks, metric_at([3, 2]), positions=ROLES))
+
+
+def test_hooks_that_only_recorders_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_stages, "takes_triton", lambda weight: True)
+    model = hooked(num_hidden_layers=2).to(DEVICE)
+    tokens = random_tokens(1, 3, seed=1).to(DEVICE), random_tokens(1, 3, seed=2).to(DEVICE)
+    hooks = [hook for hook in HOOKS if hook not in BY_STAGES]
+    assert_equal_sweeps(*both_engines(model, *tokens, hooks, metric_at([2]), positions=[1]))
 
 
 def test_what_is_no_patch_and_a_metric_that_reads_anywhere(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
