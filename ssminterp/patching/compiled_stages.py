@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssminterp.models.norm import FusedRMSNorm
-from ssminterp.patching.stages import Past, ScanInputs, Stages, is_plain
+from ssminterp.patching.products import is_plain
+from ssminterp.patching.stages import Past, ScanInputs, Stages
 from ssminterp_kernels import rows
 from ssminterp_kernels.backends import takes_triton
 

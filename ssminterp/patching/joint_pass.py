@@ -12,9 +12,10 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ssminterp.patching.changes import Changes, cells_by_place
 from ssminterp.patching.records import wanted_at
 from ssminterp.patching.request import Sweep
-from ssminterp.patching.rows import Changes, Layer, TakenIn, cells_by_place
+from ssminterp.patching.rows import Layer, TakenIn
 from ssminterp.patching.sites import Places, Sites, Wanted
 from ssminterp.patching.stage_runs import At, Held, Runs
 from ssminterp.patching.stages import Past, embedded

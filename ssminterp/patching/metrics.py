@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ssminterp.models import HookedMamba
-from ssminterp.patching.stages import linear
+from ssminterp.patching.products import linear
 
 Metric: TypeAlias = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
 Metrics: TypeAlias = Mapping[str, Metric]

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ssminterp.models.mixers.mamba1 import SILU
+from ssminterp.patching.changes import Changes, cells_by_place
 from ssminterp.patching.compiled_stages import stages_class
 from ssminterp.patching.metrics import Metrics, Readout
 from ssminterp.patching.plan import (
@@ -32,7 +33,7 @@ from ssminterp.patching.plan import (
 )
 from ssminterp.patching.records import Records, Sources, column_means, record, records_of, wanted_at
 from ssminterp.patching.request import Sweep
-from ssminterp.patching.rows import Changes, cells_by_place, run_rows
+from ssminterp.patching.rows import run_rows
 from ssminterp.patching.sites import BY_STAGES, Places, Sites, Wanted, collect
 from ssminterp.patching.storage import Results
 from ssminterp_kernels.rows import Packing

@@ -9,15 +9,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssminterp.models import HookedMamba
 from ssminterp.models.mixers.mamba1 import SILU, HookedMambaMixer, weights_at_hand
+from ssminterp.patching.products import halves, is_plain, linear, product
 from ssminterp_kernels.causal_conv import Activation, causal_conv
 from ssminterp_kernels.rows import Packing, Recorded
 from ssminterp_kernels.selective_scan import selective_scan
@@ -55,23 +56,6 @@ class ScanInputs(NamedTuple):
         """Several in a row, all of them raw or none."""
         x, delta, B, C = (torch.cat([part[i] for part in parts], dim) for i in range(4))  # type: ignore[misc]
         return ScanInputs(x, delta, B, C, parts[0].raw)
-
-
-def product(x: Float[Tensor, "*rows d_in"], weight: Float[Tensor, "d_out d_in"], bias: Tensor | None = None) -> Tensor:
-    """x weightᵀ + bias. In float32 on the CPU by oneDNN, which can be twice as fast as what `F.linear` takes there."""
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
-def linear(module: nn.Module, x: Float[Tensor, "*rows d_in"]) -> Tensor:
-    """What the module makes of x: by `product`, if it is no more than a matrix that is at hand."""
-    return product(x, module.weight, module.bias) if is_plain(module) else module(x)
-
-
-def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is a linear layer and nothing else: no adapter, and weights that accelerate does not move."""
-    return type(module) is nn.Linear and not hasattr(module, "_hf_hook") and not module._forward_hooks
 
 
 class Stages:
@@ -144,7 +128,7 @@ class Stages:
         """in_x and gate, [*tokens, d_inner]."""
         module: Any = self.mixer.in_proj
         if mixer_in.device.type == "cpu" and is_plain(module):
-            (of_x, x_bias), (of_gate, gate_bias) = _halves(module)
+            (of_x, x_bias), (of_gate, gate_bias) = halves(module)
             # oneDNN makes two matrices of 384 columns a fourth faster than one of 768.
             return product(mixer_in, of_x, x_bias), product(mixer_in, of_gate, gate_bias)
         in_x, gate = linear(module, mixer_in).chunk(2, dim=-1)
@@ -156,7 +140,7 @@ class Stages:
         if self.keep is None or not is_plain(module):
             in_x, gate = self.projected(mixer_in)
             return in_x, gate[:, self.at]
-        (of_x, x_bias), (of_gate, gate_bias) = _halves(module)
+        (of_x, x_bias), (of_gate, gate_bias) = halves(module)
         return product(mixer_in, of_x, x_bias), product(mixer_in[:, self.at], of_gate, gate_bias)
 
     def activated(self, in_x: Float[Tensor, "tiles some_tokens d_inner"]) -> Float[Tensor, "tiles some_tokens d_inner"]:
@@ -333,15 +317,6 @@ def read(state: Float[Tensor, "*#rows d_inner d_state"], C: Float[Tensor, "*#row
 def tiled(tensor: Float[Tensor, "n *features"], tiles: int) -> Float[Tensor, "rows *features"]:
     """A copy of n rows for every tile."""
     return tensor.expand(tiles, *tensor.shape).flatten(0, 1)
-
-
-def _halves(in_proj: nn.Linear) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-    """Weight and bias of what makes in_x, and of what makes the gate."""
-    of_x, of_gate = in_proj.weight.chunk(2)
-    if in_proj.bias is None:
-        return (of_x, None), (of_gate, None)
-    x_bias, gate_bias = in_proj.bias.chunk(2)
-    return (of_x, x_bias), (of_gate, gate_bias)
 
 
 def _padded(tensor: Float[Tensor, "tiles some_tokens width"], packing: Packing) -> Float[Tensor, "rows pos width"]:

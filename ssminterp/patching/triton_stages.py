@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ssminterp.patching.stages import ScanInputs, Stages, is_plain, product
+from ssminterp.patching.products import is_plain, product
+from ssminterp.patching.stages import ScanInputs, Stages
 from ssminterp_kernels import rows
 from ssminterp_kernels.causal_conv import Activation
 from ssminterp_kernels.rows.triton_stages import TritonScan, conv_rows, scan_rows
