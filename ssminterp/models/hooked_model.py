@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -43,6 +44,12 @@ class HookedModel(nn.Module):
             if plain is not None:
                 check_parity(plain, logits_of(lm), lm, model_name)
             undo.pop_all()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # What `to`, `half` and the like come to; cfg says which dtype the weights have then.
+        moved = super()._apply(fn, recurse)
+        self.cfg = replace(self.cfg, dtype=self.lm.dtype)
+        return moved
 
     # --- what there is -----------------------------------------------------------------------------------------------
 

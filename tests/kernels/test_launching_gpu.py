@@ -113,7 +113,8 @@ def test_convs_and_steps_of_the_same_layout_in_turn() -> None:
             inputs = scan_inputs(1, skip)
             at_0 = {name: inputs[name][:, 0] for name in ("x", "delta", "B", "C", "z")}
             others: dict[str, Any] = {name: inputs[name] for name in ("A", "D", "delta_bias")}
-            both(selective_scan_step, inputs["initial_state"], **at_0, **others, delta_softplus=True)
+            others["delta_softplus"] = True
+            both(selective_scan_step, inputs["initial_state"], **at_0, **others)
             correct = selective_scan_step(inputs["initial_state"], **at_0, **others, backend="torch")
             y, state = selective_scan_step(inputs["initial_state"], **at_0, **others, in_place=True)
             assert state is inputs["initial_state"]

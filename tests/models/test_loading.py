@@ -61,7 +61,10 @@ def test_dtype(tmp_path: Path) -> None:
     for dtype in (torch.bfloat16, "bfloat16", "auto"):
         model = HookedMamba.from_pretrained(tmp_path, device="cpu", dtype=dtype)
         assert model.cfg.dtype == model.blocks[0].mixer.in_proj.weight.dtype == torch.bfloat16
-    assert HookedMamba.from_pretrained(tmp_path, device="cpu").cfg.dtype == torch.float32
+    model = HookedMamba.from_pretrained(tmp_path, device="cpu")
+    assert model.cfg.dtype == torch.float32
+    assert model.to(torch.bfloat16).cfg.dtype == torch.bfloat16
+    assert model.double().cfg.dtype == torch.float64
 
 
 def test_sizes_in_cfg(tmp_path: Path) -> None:

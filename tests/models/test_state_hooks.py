@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, hooked, random_tokens
 from torch import Tensor
 
 from ssminterp import HookPoint
-from ssminterp.models.mixers.state_scan import AffineStateHook
+from ssminterp.models.mixers.state_scan import AffineStateHook, fused_edits
 
 MODELS = {family: hooked(family) for family in FAMILIES}
 LENGTH = 8
@@ -93,6 +93,13 @@ def test_functions_run_in_the_order_of_registration_affine_or_not() -> None:
         torch.testing.assert_close(got, logits, atol=1e-4, rtol=1e-4)
     other_order = model.run_with_hooks(TOKENS, [(name, function, [3]) for function in (tripled, plus_one, doubled)])
     assert (other_order - logits).abs().max() > 1e-3
+
+
+def test_fused_edits_lie_on_the_device_of_the_scan() -> None:
+    for keep, add in ((1.0, torch.zeros(2, 3)), (torch.zeros(2, 3), 1.0), (0.5, 0.0)):
+        edits = fused_edits({1: [AffineStateHook(keep, add)]}, torch.device("meta"))
+        assert edits is not None
+        assert edits.keep.device == edits.add.device == torch.device("meta")
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -158,13 +159,13 @@ def scan_with_writers(
     length = x.shape[1]
     positions = PositionsOfOneScan(None, length) if positions is None else positions
     if positions.next() is None and all(isinstance(function, AffineStateHook) for function in work.all_writers):
-        out = scan(0, length, initial_state, work.states, _fused_edits(work.writers, x.device))
+        out = scan(0, length, initial_state, work.states, fused_edits(work.writers, x.device))
         positions.pass_by(length)
         return out
     return _scan_in_segments(scan, hook, work, length, initial_state, positions)
 
 
-def _fused_edits(writers: dict[int, list[HookFunction]], device: torch.device) -> StateEdits | None:
+def fused_edits(writers: dict[int, list[HookFunction]], device: torch.device) -> StateEdits | None:
     """Several affine edits at one position, composed into one."""
     if not writers:
         return None
@@ -178,7 +179,9 @@ def _fused_edits(writers: dict[int, list[HookFunction]], device: torch.device) -
             next_keep, next_add = function.on(device)
             keep, add = next_keep * keep, next_keep * add + next_add
         composed[p] = (keep, add)
-    return StateEdits.at(composed)
+    edits = StateEdits.at(composed)
+    # Numbers became tensors of the CPU.
+    return replace(edits, keep=edits.keep.to(device), add=edits.add.to(device))
 
 
 def _scan_in_segments(
