@@ -36,6 +36,14 @@ def test_reading_in_chunks_agrees_with_the_cpu(family: str, tmp_path: Path) -> N
     torch.testing.assert_close(there.cpu(), here, atol=1e-3, rtol=1e-3)
 
 
+def test_pieces_of_a_long_text_are_scanned_in_chunks_that_go_on_from_a_state() -> None:
+    """At the width of mamba-130m, where states lie farther apart than what the allocator has mapped behind them."""
+    model = on_gpu(hooked(hidden_size=768, num_hidden_layers=4, vocab_size=2000))
+    tokens = random_tokens(1, 3 * 2048)
+    expected = model.read(tokens, chunk=tokens.shape[1])
+    torch.testing.assert_close(model.read(tokens, chunk=2048).ssm, expected.ssm, atol=1e-3, rtol=1e-3)
+
+
 def test_memory_of_reading_is_flat() -> None:
     model = on_gpu(hooked(vocab_size=2000, hidden_size=64))
     peaks = []

@@ -91,7 +91,7 @@ def scan_forward_kernel(
 ):
     """One program: BLOCK_D channels of one group, one chunk, `elements` batch elements one after the other.
 
-    start: the state before every chunk [batch, n_chunks, d_inner, d_state], or None for zeros. edits: (positions,
+    start: the initial state [batch, 1, d_inner, d_state], or None for zeros. edits: (positions,
     stride of batch, n_edits); keep, add: [batch, n_edits, d_inner, d_state]. recorded: (positions, n_recorded).
     states: where recorded states go; boundaries: [batch, n_boundaries, d_inner, d_state], where the state before every
     SEGMENT-th position goes; final_state: [batch, 1, d_inner, d_state]. POS: the strides of the position axes of x,
@@ -142,7 +142,7 @@ def scan_forward_kernel(
     if start is None:
         state = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
     else:
-        state = load_tile(start, batch, chunk, d, n, tile_there)
+        state = load_tile(start, batch, 0, d, n, tile_there)
 
     first = chunk * chunk_length
     stop = tl.minimum(first + chunk_length, length)
@@ -264,7 +264,7 @@ def scan_forward_kernel(
                 if start is None:
                     state = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
                 else:
-                    state = load_tile(start, batch, chunk, d, n, tile_there)
+                    state = load_tile(start, batch, 0, d, n, tile_there)
                 if edits is not None:
                     edits_here = edits[0] + batch * edits[1]
                     edit = count_before(edits_here, edits[2], first)
