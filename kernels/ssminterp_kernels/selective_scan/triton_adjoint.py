@@ -13,7 +13,6 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from ssminterp_kernels.selective_scan.triton_backward_loads import count_before, load_row, load_tile
 from ssminterp_kernels.selective_scan.triton_layouts import (
     channel_numbers,
     full_row,
@@ -27,6 +26,7 @@ from ssminterp_kernels.selective_scan.triton_layouts import (
     take_column,
     take_row,
 )
+from ssminterp_kernels.selective_scan.triton_loads import count_before, load_row, load_tile
 from ssminterp_kernels.selective_scan.triton_math import LOG2E, sigmoid, step_size
 from ssminterp_kernels.selective_scan.triton_rows import (
     load_block,

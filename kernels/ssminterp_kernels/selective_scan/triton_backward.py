@@ -24,16 +24,6 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from ssminterp_kernels.selective_scan.triton_backward_loads import (
-    count_before,
-    load_row,
-    load_rows,
-    load_tile,
-    load_weights,
-    position_or_never,
-    start_of,
-    tile_at,
-)
 from ssminterp_kernels.selective_scan.triton_layouts import (
     channel_numbers,
     full_row,
@@ -57,6 +47,16 @@ from ssminterp_kernels.selective_scan.triton_layouts import (
     take_row,
     take_tile,
     take_value,
+)
+from ssminterp_kernels.selective_scan.triton_loads import (
+    count_before,
+    load_row,
+    load_rows,
+    load_tile,
+    load_weights,
+    position_or_never,
+    start_of,
+    tile_at,
 )
 from ssminterp_kernels.selective_scan.triton_math import (
     LN2,

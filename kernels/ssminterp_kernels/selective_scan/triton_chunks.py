@@ -12,7 +12,6 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from ssminterp_kernels.selective_scan.triton_backward_loads import count_before, load_tile, tile_at
 from ssminterp_kernels.selective_scan.triton_layouts import (
     full_row,
     full_tile,
@@ -20,6 +19,7 @@ from ssminterp_kernels.selective_scan.triton_layouts import (
     put,
     take_row,
 )
+from ssminterp_kernels.selective_scan.triton_loads import count_before, load_tile, tile_at
 from ssminterp_kernels.selective_scan.triton_math import step_size
 from ssminterp_kernels.selective_scan.triton_rows import (
     load_edit,

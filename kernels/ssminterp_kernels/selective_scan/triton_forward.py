@@ -14,7 +14,6 @@ from typing import no_type_check
 
 import triton.language as tl
 
-from ssminterp_kernels.selective_scan.triton_backward_loads import count_before, load_row, load_tile
 from ssminterp_kernels.selective_scan.triton_chunks import announce, state_before_chunk
 from ssminterp_kernels.selective_scan.triton_layouts import (
     channel_numbers,
@@ -26,6 +25,7 @@ from ssminterp_kernels.selective_scan.triton_layouts import (
     shared_rows,
     state_numbers,
 )
+from ssminterp_kernels.selective_scan.triton_loads import count_before, load_row, load_tile
 from ssminterp_kernels.selective_scan.triton_math import LOG2E
 from ssminterp_kernels.selective_scan.triton_rows import (
     load_edit,

@@ -9,8 +9,8 @@ from typing import no_type_check
 
 import triton.language as tl
 
-from ssminterp_kernels.selective_scan.triton_backward_loads import load_tile, tile_at
 from ssminterp_kernels.selective_scan.triton_layouts import channel_numbers, jit, spread, state_numbers
+from ssminterp_kernels.selective_scan.triton_loads import load_tile, tile_at
 from ssminterp_kernels.selective_scan.triton_math import load_masked
 
 FAR = tl.constexpr((1 << 31) - 2)  # a position that no tile reaches, and one more does not overflow

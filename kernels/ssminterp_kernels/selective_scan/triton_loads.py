@@ -1,7 +1,7 @@
-"""How the backward scan reads rows, tiles and lists of positions.
+"""How scans with layouts of their own read rows, tiles and lists of positions.
 
-As in `triton_math`, tensors come as tuples (pointer, stride of each axis), absent ones as None. These are here because
-a tile of the backward scan is [BLOCK_D, BLOCK_N] in layouts that it names itself (`triton_layouts`).
+As in `triton_math`, tensors come as tuples (pointer, stride of each axis), absent ones as None. A tile is
+[BLOCK_D, BLOCK_N] in a layout that its scan names (`triton_layouts`).
 """
 
 from __future__ import annotations
