@@ -52,8 +52,8 @@ def test_outputs(case: ScanCase, backend: str, device: str, in_place: bool) -> N
     assert in_place or torch.equal(inputs["initial_state"], before)
     assert out.y.dtype == case.dtype
     assert out.state.dtype == torch.float32
-    assert relative_error(out.y, expected["y"][:, 0]) <= TOLERANCE[case.dtype]
-    assert relative_error(out.state, expected["final_state"]) <= TOLERANCE[case.dtype]
+    assert relative_error(out.y, expected["y"][:, 0]) <= TOLERANCE[out.y.dtype]
+    assert relative_error(out.state, expected["final_state"]) <= TOLERANCE[out.state.dtype]
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
