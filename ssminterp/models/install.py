@@ -156,3 +156,12 @@ class _Logits(_Output):
         elif self.hook.is_listened_to:
             raise ValueError("hook_logits cannot fire on a tuple output: call the model with return_dict=True")
         return output
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether torch hooks other than our own are called with a module, or accelerate moves its weights."""
+    listeners = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    ours = (_FirstArgument, _Output, StateMatricesBefore)
+    return hasattr(module, "_hf_hook") or any(
+        not isinstance(one, ours) and one is not forget_state_matrices for one in listeners
+    )

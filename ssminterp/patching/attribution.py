@@ -66,7 +66,7 @@ def attribution_patch(
 
     Takes two forward passes and one backward for everything together (as often as groups of layers are needed to
     fit in memory), where `patch_sweep` takes a run for every cell. Short runs on a GPU are made together, as one of
-    twice the batch, if nothing is attached to the model.
+    twice the batch, if nothing is attached to the model; and states alone, of Mamba-1, without autograd.
 
     clean, corrupted, hooks, layers, positions: as in `patch_sweep`.
     metric: logits [batch, pos, vocab] to one number per example, [batch], differentiable, each example by itself.
@@ -107,8 +107,14 @@ def attribution_patch(
     task = AttributionTask(sweep, *single_metric(metric), steps, reduce, by)
     found: dict[str, Tensor] = {}
     metrics: Baselines = {}
-    for group in _groups(task):
-        metrics = _attribute(task, group, found)
+    groups = _groups(task)
+    if len(groups) == 1 and _by_stages(task):
+        from ssminterp.patching.attribution_stages import attribute_by_stages  # Triton may not be installed
+
+        metrics = attribute_by_stages(task, groups[0], found)
+    else:
+        for group in groups:
+            metrics = _attribute(task, group, found)
     values = torch.stack([_on_cpu([found[spec.name(row)] for row in rows]) for spec in specs])
     _check_finite(values, specs)
     method = "attribution" if steps is None else f"attribution, EAP-IG in {steps} steps"
@@ -142,6 +148,19 @@ def _attribute(task: AttributionTask, layers: Sequence[int], found: dict[str, Te
         gradient_run(model, base, taps, task.needed, Recording(), *metric, lambda run: contraction, between)
         contraction.finish()
     return {"source": of_source.metric, "base": of_base.metric}
+
+
+def _by_stages(task: AttributionTask) -> bool:
+    """Whether all that is asked for are states of a model that autograd is not needed for, which takes longer to ask
+    than a GPU to compute."""
+    model = task.sweep.model
+    if [spec.short for spec in task.sweep.specs] != ["state"] or not _states_by_scan(task):
+        return False
+    if not all(point.is_idle for point in model.hook_points.values()):
+        return False
+    from ssminterp.patching.attribution_stages import suits_stages  # Triton may not be installed
+
+    return suits_stages(model)
 
 
 def _runs_together(task: AttributionTask) -> bool:

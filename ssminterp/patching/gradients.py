@@ -124,11 +124,7 @@ def gradient_run(
         stack.enter_context(_watched(recording.scans, tap_scan))
         logits, activations, whole = _run(model, tokens, recording)
         values = checked(metric_name, metric(logits), len(tokens))
-        if not values.requires_grad:
-            raise ValueError(
-                f"the metric {metric_name!r} has no gradient with respect to the logits: attribution needs one that "
-                "is differentiable, logit_diff or kl say, not a count of right answers"
-            )
+        check_differentiable(metric_name, values)
         run = Run(values.detach(), activations, whole, scans)
         receive.append(receiver(run))
         try:
@@ -137,6 +133,15 @@ def gradient_run(
             # The graph's hooks lead here, and what receives gradients may hold tensors of the graph.
             receive.clear()
     return run
+
+
+def check_differentiable(metric_name: str, values: Float[Tensor, " batch"]) -> None:
+    """Raises ValueError if a metric has no gradient."""
+    if not values.requires_grad:
+        raise ValueError(
+            f"the metric {metric_name!r} has no gradient with respect to the logits: attribution needs one that "
+            "is differentiable, logit_diff or kl say, not a count of right answers"
+        )
 
 
 @contextmanager
