@@ -240,7 +240,7 @@ class _Recipe:
             None if owner is None else (kept.index(owner), _part(part, buffers[owner]))
             for part, owner in zip(results, owners, strict=True)
         ]
-        self.current_stream = _stream_getter(self.device) if self.launches else None
+        self.current_stream = _stream_getter(self.device.index) if self.launches else None
 
     def repeat(self, arguments: list[int]) -> Any:
         """What the function returns for arguments that lie there."""
@@ -299,43 +299,49 @@ class Sized:
         constants: tuple[Any, ...],
         num_warps: int,
     ) -> None:
-        """`kernel[(grid,)](*tensors, *fixed, *sizes, *constants, num_warps=num_warps)`.
+        """`kernel[(grid,)](*tensors, *fixed, *sizes, *constants, num_warps=num_warps)`, on the GPU of the tensors.
 
         tensors: tensors, tuples of a tensor and integers (strides), and None; the first is a tuple or a tensor.
         """
         first = tensors[0] if isinstance(tensors[0], Tensor) else tensors[0][0]
-        key = (first.get_device(), fixed, constants, *_specialisation(tensors))
-        compiled = self._known.get(key)
+        index = first.get_device()
+        if index >= 0 and torch.cuda.current_device() != index:
+            with torch.cuda.device(index):
+                return self(grid, tensors, fixed, sizes, constants, num_warps)
+        # Of tensors what a kernel is compiled for: dtypes, strides, and which pointers are multiples of 16. Pointers
+        # are given as numbers, which spares the launcher to ask the driver whose they are.
+        key: list[Any] = [index, fixed, constants]
+        pointers: list[Any] = []
+        for argument in tensors:
+            if argument is None:
+                key.append(None)
+                pointers.append(None)
+                continue
+            is_strided = type(argument) is tuple
+            tensor, strides = (argument[0], argument[1:]) if is_strided else (argument, ())
+            pointer = tensor.data_ptr()
+            key += (tensor.dtype, strides, pointer & 15 == 0)
+            pointers.append((pointer, *strides) if is_strided else pointer)
+        compiled = self._known.get(layout := tuple(key))
         if compiled is None or _launches_are_heard_of():
             compiled = self.kernel[(grid,)](*tensors, *fixed, *sizes, *constants, num_warps=num_warps)
+            if len(self._known) >= MOST_LAYOUTS:
+                self._known.clear()
             if hasattr(compiled, "packed_metadata"):  # the interpreter compiles nothing
-                self._known[key] = compiled
-            return
-        stream = _stream_getter(first.device)()
-        metadata = compiled.packed_metadata
-        arguments = (*tensors, *fixed, *sizes, *constants)
+                self._known[layout] = compiled
+            return None
+        arguments = (*pointers, *fixed, *sizes, *constants)
+        metadata, stream = compiled.packed_metadata, _stream_getter(index)()
         compiled.run(grid, 1, 1, stream, compiled.function, metadata, None, None, None, *arguments)
-
-
-def _specialisation(tensors: Sequence[Any]) -> list[Any]:
-    """What a kernel is compiled for: dtypes, alignment, and of strides whether they are 1, multiples of 16 or long."""
-    found: list[Any] = []
-    for argument in tensors:
-        if argument is None:
-            found.append(None)
-            continue
-        tensor, strides = (argument, ()) if isinstance(argument, Tensor) else (argument[0], argument[1:])
-        found += (tensor.dtype, tensor.data_ptr() & 15 == 0)
-        found += [2 if s == 1 else 3 if s >= 1 << 31 else s & 15 == 0 for s in strides]
-    return found
+        return None
 
 
 @functools.cache
-def _stream_getter(device: torch.device) -> Callable[[], int]:
-    """What tells the stream that is current on a device."""
+def _stream_getter(device: int | None) -> Callable[[], int]:
+    """What tells the stream that is current on a GPU."""
     from triton.runtime import driver
 
-    return functools.partial(driver.active.get_current_stream, device.index)
+    return functools.partial(driver.active.get_current_stream, device)
 
 
 @functools.cache

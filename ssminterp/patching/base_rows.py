@@ -20,12 +20,23 @@ class BaseRows:
     ) -> None:
         self.stages = stages
         self.n = stages.n
-        self.resid_pre, self.mixer_in, self.in_x = (tensor[0, : self.n] for tensor in (resid, mixer_in, in_x))
-        self.all_in_x, self.all_gate = in_x, gate
+        self.all_resid, self.all_mixer_in, self.all_in_x, self.all_gate = resid, mixer_in, in_x, gate
         self.inputs = inputs
 
     def value(self, short: str) -> Float[Tensor, "n *features"]:
         return getattr(self, short)
+
+    @cached_property
+    def resid_pre(self) -> Tensor:
+        return self.all_resid[0, : self.n]
+
+    @cached_property
+    def mixer_in(self) -> Tensor:
+        return self.all_mixer_in[0, : self.n]
+
+    @cached_property
+    def in_x(self) -> Tensor:
+        return self.all_in_x[0, : self.n]
 
     @cached_property
     def gate(self) -> Tensor:

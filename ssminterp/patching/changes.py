@@ -21,7 +21,8 @@ class Changes(NamedTuple):
     """What is changed at one hook of one layer: a tile of rows for each selection.
 
     cells: the number of each cell. selections: which selection of the sweep each is.
-    source: [n, *features], the new values' source at each of the sites.
+    source: [n, *features], the new values' source at each of the sites. is_raw: whether it is not Δ but what Δ is made
+        of, which a patch of all of it can put in as well.
     """
 
     point: HookPoint
@@ -29,6 +30,7 @@ class Changes(NamedTuple):
     selections: Sequence[int]
     source: Tensor
     sites: Sites
+    is_raw: bool = False
 
     @property
     def spec(self) -> HookSpec:

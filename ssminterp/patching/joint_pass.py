@@ -1,27 +1,37 @@
 """The only pass of a small sweep on a GPU: whole runs and the rows of their sites go through the layers together.
 
 There launches take longer than what they launch, and both need the same: so the tokens of both lie one behind the other
-and share the matrix products. What a row goes on from, and what is put in, comes from the runs in the same layer.
+and share the matrix products, the conv and the norm. What a row goes on from, and what is put in, comes from the runs
+in the same layer. Where the residual stream is patched before a layer, a tile is forked when it is written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ssminterp.models.install import is_watched
+from ssminterp.models.norm import FusedRMSNorm
 from ssminterp.patching.changes import Changes, cells_by_place
+from ssminterp.patching.products import linear
 from ssminterp.patching.records import wanted_at
 from ssminterp.patching.request import Sweep
 from ssminterp.patching.rows import Layer, TakenIn
 from ssminterp.patching.sites import Places, Sites, Wanted
-from ssminterp.patching.stage_runs import At, Held, Runs
+from ssminterp.patching.stage_runs import At, Held, Record, Runs
 from ssminterp.patching.stages import Past, embedded
 from ssminterp.patching.tiles import Rows
-from ssminterp.patching.triton_stages import TritonStages
+from ssminterp.patching.triton_stages import Room, TritonStages
+from ssminterp_kernels.residual import Forks, add, add_and_norm, norm
 from ssminterp_kernels.rows import Packing
+from ssminterp_kernels.rows.triton_stages import conv_tokens
+
+# Hooks whose changes take in what the conv does before the sites.
+_OF_WINDOWS = ("mixer_in", "in_x", "conv_taps", "conv")
 
 
 class Pass(NamedTuple):
@@ -52,56 +62,142 @@ def run_jointly(
 
 
 class _Joint:
+    """hidden: residual streams before the present layer and room for those behind it, [tokens, d_model], the runs'
+    first; normed: their norm."""
+
     def __init__(self, sweep: Sweep, runs: Int[Tensor, "runs pos"], rows: Pass) -> None:
         self.sweep, self.sites, self.packing, self.keep = sweep, rows.sites, rows.packing, rows.keep
         self.runs = Runs(sweep.model, runs)
+        self.blocks = list(sweep.model.blocks)
         self.places = cells_by_place(sweep, rows.cells)
         every = wanted_at(sweep, rows.sites, rows.cells, rows.sites.example + sweep.batch, rows.sites.example)
         n_layers = sweep.model.cfg.n_layers
         self.windows, self.states = every[:n_layers], every[n_layers : 2 * n_layers]
         self.sources = dict(zip(sorted(self.places), every[2 * n_layers :], strict=True))
+        # The cells that patch the residual stream before a layer: their tiles go through it as a whole. In the last one
+        # it is cheaper to compute what differs.
+        self.whole: dict[int, list[int]] = {}
+        self.keys: dict[int, list[tuple[int, int]]] = {}
+        self.is_plain_patch = sweep.intervention == "patch" and all(s.is_everything for s in sweep.selections)
+        for key in self.sources:
+            if self.is_plain_patch and self._short(key) == "resid_pre" and key[1] + 1 < n_layers:
+                self.whole[key[1]] = self.places[key]
+            else:
+                self.keys.setdefault(key[1], []).append(key)
+        self.n_shared = self.runs.packing.tokens
+        self.table = _Table(sweep, rows.sites, rows.packing, self.n_shared)
+        self.records: dict[tuple[int, ...], Record] = {}
         base = embedded(sweep.model, rows.tokens)
-        n_tiles = 1 + len(rows.cells)
-        # The runs' tokens, then those of the tiles.
-        of_runs, self.n_run_tokens = self.runs.hidden[0], self.runs.packing.tokens
-        self.hidden = base.new_empty(self.n_run_tokens + n_tiles * len(base), base.shape[1])
-        self.hidden[: self.n_run_tokens] = of_runs
-        self.runs.hidden = self.hidden[None, : self.n_run_tokens]
-        self.rows = Rows(base, rows.packing.n, self._tiles(self.hidden[None]))
+        of_runs = self.runs.hidden[0]
+        n_tokens = self.n_shared + (1 + len(rows.cells)) * len(base)
+        self.hidden = base.new_empty(n_tokens, base.shape[1])
+        self.behind = torch.empty_like(self.hidden)
+        whole = self.whole.get(0, [])
+        start = torch.cat([of_runs, base])
+        if whole:
+            start = torch.cat([start, start.index_select(0, self.table.forks(0, len(whole)).origins)])
+        self.hidden[: len(start)] = start
+        self.rows = Rows(base, rows.packing.n, self.hidden[self.n_shared :].unflatten(0, (-1, len(base))))
+        self.rows.cells += whole
+        self.normed = self._norm_before(0, start)
+
+    def _norm_before(self, layer: int, hidden: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
+        block = self.blocks[layer]
+        if _is_plain_norm(block.norm):
+            return norm(hidden, block.norm.weight, block.norm.variance_epsilon)
+        return block.norm(hidden.to(block.norm.weight.dtype))
 
     def through(self, layer: int) -> None:
-        """Bring runs and rows behind a layer, with new rows for its changes."""
+        """Bring runs and rows behind a layer, with new rows for its changes and the next one's."""
         of_runs = self.runs.stages(layer)
         assert isinstance(of_runs, TritonStages)
-        n = self.n_run_tokens
-        hidden = self.hidden[None, : n + len(self.rows.used) * self.packing.tokens]
-        mixer_in = of_runs.normed(hidden)
-        in_x, gate = of_runs.projected(mixer_in)
-        keys = [key for key in self.sources if key[1] == layer]
-        source_states = [self.sources[key] for key in keys if self._short(key) == "state"]
-        record = self.runs.record(of_runs, [self.states[layer], *source_states])
-        assert record is not None
-        window = self.runs.at(self.windows[layer].places).of_tokens(in_x[:, :n])
-        past = Past(window.unflatten(0, (self.packing.n, -1)), of_runs.past.state)
-        of_rows = TritonStages(of_runs.block, past, self.packing, of_runs.A)
-        x, gated = (in_x.new_empty(in_x.shape) for _ in range(2))
-        of_runs.activate_into(x[:, :n], in_x[:, :n])
-        of_rows.activate_into(self._tiles(x), self._tiles(in_x))
-        inputs = of_runs.scan_inputs(x)
-        run_inputs, row_inputs = inputs.at(slice(n)), inputs.map(self._tiles)
-        of_runs.gated(run_inputs, gate[:, :n], record.to_be_written, out=gated[:, :n])
+        mixer: Any = of_runs.mixer
+        in_x, gate = linear(mixer.in_proj, self.normed).chunk(2, dim=-1)
+        conv = (self.table.earlier, self.packing.tokens, of_runs.taps, of_runs.conv_bias)
+        x = conv_tokens(in_x, *conv, silu=True)
+        inputs = of_runs.scan_inputs_of(x)
+        keys = self.keys.get(layer, [])
+        n_forks = len(self.rows.first_cells) + sum(len(self.places[key]) for key in keys)
+        n, n_old = self.n_shared, len(x)
+        room = torch.empty(n_old + n_forks * self.packing.tokens, x.shape[1], dtype=x.dtype, device=x.device)
+        run_inputs, run_gate = inputs.map(self._of_runs), self._of_runs(gate)
+        record = self._record(of_runs, layer, [self.sources[key] for key in keys if self._short(key) == "state"])
+        of_runs.gated(run_inputs, run_gate, record.to_be_written, out=room[None, :n])
         state, *states = record.given()
-        of_rows.past = past._replace(state=state)  # which only now is there
-        of_rows.gated(row_inputs, self._tiles(gate), out=self._tiles(gated))
-        held = Held(of_runs, hidden[:, :n], mixer_in[:, :n], in_x[:, :n], gate[:, :n], run_inputs, gated[:, :n])
-        sources = [
-            states.pop(0) if self._short(key) == "state" else held.value(self._short(key), self._at(key))
-            for key in keys
-        ]
-        of_tiles = [self._tiles(tensor) for tensor in (mixer_in, in_x, gate)]
-        taken_in = TakenIn(self.rows.used, of_tiles[0], of_tiles[1], of_tiles[2], row_inputs)
-        Layer(self.sweep, of_rows, self._changes(keys, sources)).branch(self.rows, taken_in)
-        of_runs.add_out(hidden, gated, hidden)
+        past = Past(self._window(layer, keys, in_x), state)
+        of_rows = TritonStages(of_runs.block, past, self.packing, of_runs.A, room=Room(room[n_old:]))
+        row_inputs, row_gate = inputs.map(self._tiles), self._tiles(gate)
+        of_rows.gated(row_inputs, row_gate, out=self._tiles(room[:n_old]))
+        forks: list[int] = []
+        prepared = 0
+        if keys or self.rows.first_cells:
+            hidden = self.hidden[:n_old]
+            resid, normed, run_in_x = (self._of_runs(tensor) for tensor in (hidden, self.normed, in_x))
+            held = Held(of_runs, resid, normed, run_in_x, run_gate, run_inputs, room[None, :n])
+            changes = self._changes(keys, [self._source(held, key, states) for key in keys])
+            resid, normed, base_in_x = (self._tiles(tensor) for tensor in (hidden, self.normed, in_x))
+            base = TakenIn(resid, normed, base_in_x, row_gate, row_inputs).base_rows(of_rows)
+            parted, local = Layer(self.sweep, of_rows, changes).parted(self.rows, base)
+            for fork in parted:
+                forks += fork.cells
+                if fork.resid_pre is not None:
+                    prepared = len(fork.cells)
+                    self._prepare(n_old, fork.resid_pre)
+            self.rows.put_first(local)
+        self._write(layer, room, forks, prepared, n_old)
+
+    def _prepare(self, n_old: int, resid_pre: Float[Tensor, "tiles n d_model"]) -> None:
+        """Put the residual streams of forks that differ from the base's there behind the others."""
+        tiles = self.hidden[n_old : n_old + len(resid_pre) * self.packing.tokens].unflatten(0, (len(resid_pre), -1))
+        tiles.copy_(self.hidden[self.n_shared : self.n_shared + self.packing.tokens].expand_as(tiles))
+        tiles[:, : self.packing.n] = resid_pre
+
+    def _write(self, layer: int, gated: Tensor, forks: list[int], prepared: int, n_old: int) -> None:
+        """Go on with the residual streams behind a layer: `prepared` of the forks have their own before it."""
+        tokens = self.packing.tokens
+        whole = self.whole.get(layer + 1, [])
+        n_given, own = n_old + len(forks) * tokens, len(forks) - prepared
+        n_before, n_all = n_old + prepared * tokens, n_given + len(whole) * tokens
+        mixer = self.blocks[layer].mixer
+        added = linear(mixer.out_proj, gated[:n_given])
+        into, after = self.behind[:n_all], self.blocks[layer + 1].norm
+        split = self.table.forks(own, len(whole)) if own or whole else None
+        if _is_plain_norm(after):
+            weight, epsilon = after.weight, after.variance_epsilon
+            self.normed = add_and_norm(self.hidden[:n_before], added, weight, epsilon, into, split)
+        else:
+            add(self.hidden[:n_before], added, into, split)
+            self.normed = self._norm_before(layer + 1, into)
+        self.rows.cells += forks + whole
+        self.hidden, self.behind = self.behind, self.hidden
+
+    def _window(self, layer: int, keys: Sequence[tuple[int, int]], in_x: Float[Tensor, "tokens d_inner"]) -> Tensor:
+        """What the conv takes in before the sites; nothing where no change of the layer needs it."""
+        if not self.rows.first_cells and not any(self._short(key) in (*_OF_WINDOWS, "resid_pre") for key in keys):
+            return in_x[:0]
+        window = self.runs.at(self.windows[layer].places).of_tokens(in_x[None, : self.n_shared])
+        return window.unflatten(0, (self.packing.n, -1))
+
+    def _record(self, stages: TritonStages, layer: int, sources: Sequence[Wanted]) -> Record:
+        """What the runs' scan writes down: the same memory for all layers, which read it before the next one writes."""
+        wanted = [self.states[layer], *sources]
+        key = tuple(id(one.places) for one in wanted)
+        if key not in self.records:
+            record = self.runs.record(stages, wanted)
+            assert record is not None
+            self.records[key] = record
+        return self.records[key]
+
+    def _source(self, held: Held, key: tuple[int, int], states: list[Tensor]) -> Tensor:
+        short = self._short(key)
+        if short == "state":
+            return states.pop(0)
+        at = self._at(key)
+        return at.of_tokens(held.inputs.delta) if self._is_raw(key) else held.value(short, at)
+
+    def _is_raw(self, key: tuple[int, int]) -> bool:
+        """Whether what Δ is made of can be patched in its place, which spares to make it."""
+        return self.is_plain_patch and self._short(key) == "delta"
 
     def through_the_last(
         self, reads: Places
@@ -109,31 +205,78 @@ class _Joint:
         """The last layer, where less is wanted of the rows than of the runs."""
         model = self.sweep.model
         layer = model.cfg.n_layers - 1
-        keys = [key for key in self.sources if key[1] == layer]
+        keys = self.keys.get(layer, [])
         read = Wanted(model.hook_points[f"blocks.{layer}.hook_resid_post"], reads)
         wanted = [self.windows[layer], self.states[layer], read, *(self.sources[key] for key in keys)]
+        self.runs.hidden = self.hidden[None, : self.n_shared]
+        self.rows.hidden = self.hidden[self.n_shared :].unflatten(0, (-1, self.packing.tokens))
         window, state, residual, *sources = self.runs.through(layer, wanted)
         past = Past(window.unflatten(0, (self.packing.n, -1)), state)
-        stages = TritonStages(model.blocks[layer], past, self.packing, self.runs.A[layer], self.keep)
-        kept = Layer(self.sweep, stages, self._changes(keys, sources)).run(self.rows)
+        stages = TritonStages(self.blocks[layer], past, self.packing, self.runs.A[layer], self.keep)
+        kept = Layer(self.sweep, stages, self._changes(keys, sources, made=True)).run(self.rows)
         assert kept is not None
         return residual, self.rows.cells, kept[1:]
 
-    def _changes(self, keys: Sequence[tuple[int, int]], sources: Sequence[Tensor]) -> list[Changes]:
+    def _changes(self, keys: Sequence[tuple[int, int]], sources: Sequence[Tensor], made: bool = False) -> list[Changes]:
+        """made: whether all sources are what the hooks hold."""
         sweep, n_selections = self.sweep, len(self.sweep.selections)
         changes = []
         for key, source in zip(keys, sources, strict=True):
             cells = self.places[key]
             selections = [cell % n_selections for cell in cells]
-            changes.append(Changes(sweep.point(sweep.specs[key[0]], key[1]), cells, selections, source, self.sites))
+            point, is_raw = sweep.point(sweep.specs[key[0]], key[1]), not made and self._is_raw(key)
+            changes.append(Changes(point, cells, selections, source, self.sites, is_raw))
         return changes
 
-    def _tiles(self, tensor: Float[Tensor, "1 all_tokens width"]) -> Float[Tensor, "tiles tokens width"]:
+    def _of_runs(self, tensor: Float[Tensor, "all_tokens width"]) -> Float[Tensor, "1 tokens width"]:
+        """The runs' part, as one tile."""
+        n, width = self.n_shared, tensor.shape[1]
+        return tensor.as_strided((1, n, width), (0, *tensor.stride()))
+
+    def _tiles(self, tensor: Float[Tensor, "all_tokens width"]) -> Float[Tensor, "tiles tokens width"]:
         """The rows' part."""
-        return tensor[0, self.n_run_tokens :].unflatten(0, (-1, self.packing.tokens))
+        n, tokens, (step, one) = self.n_shared, self.packing.tokens, tensor.stride()
+        shape = (len(self.rows.cells) + 1, tokens, tensor.shape[1])
+        return tensor.as_strided(shape, (tokens * step, step, one), tensor.storage_offset() + n * step)
 
     def _short(self, key: tuple[int, int]) -> str:
         return self.sweep.specs[key[0]].short
 
     def _at(self, key: tuple[int, int]) -> At:
         return self.runs.at(self.sources[key].places)
+
+
+class _Table:
+    """Which tokens are where: those before each in the conv, and those that forked tiles go on from.
+
+    The runs' tokens come first, position by position, source prompts before base prompts; then the tiles'.
+    """
+
+    def __init__(self, sweep: Sweep, sites: Sites, packing: Packing, n_shared: int) -> None:
+        n_runs = 2 * sweep.batch
+        self.device = sweep.base.device
+        back = torch.arange(1 - sweep.model.cfg.d_conv, 0)
+        tokens = torch.arange(n_shared)[:, None] + back * n_runs
+        position = packing.positions[:, None] + back
+        own = torch.tensor(packing.starts)[position.clamp(min=0)] + packing.rows[:, None]
+        before = sites.position[packing.rows, None] + position
+        example = sites.example[packing.rows, None] + sweep.batch
+        in_run = torch.where(before < 0, -1, before * n_runs + example)
+        of_tile = torch.where(position < 0, in_run, -2 - own)
+        self.earlier = torch.cat([tokens.clamp(min=-1), of_tile]).int().to(self.device, non_blocking=True)
+        base = n_shared + torch.arange(packing.tokens)
+        patched = base.clone()
+        patched[: packing.n] = sites.position * n_runs + sites.example
+        self.base, self.patched = base.int(), patched.int()
+        self._forks: dict[tuple[int, int], Forks] = {}
+
+    def forks(self, own: int, whole: int) -> Forks:
+        """Tiles of the base rows, and behind them of the base rows with the source run's tokens at their sites."""
+        if (own, whole) not in self._forks:
+            origins = torch.cat([self.base.repeat(own), self.patched.repeat(whole)])
+            self._forks[own, whole] = Forks(origins.to(self.device, non_blocking=True), whole * len(self.base))
+        return self._forks[own, whole]
+
+
+def _is_plain_norm(module: Any) -> bool:
+    return type(module) is FusedRMSNorm and not is_watched(module)

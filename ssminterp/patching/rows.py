@@ -46,14 +46,13 @@ class TakenIn(NamedTuple):
     gate: Tensor
     inputs: ScanInputs
 
-    @property
-    def of_base(self) -> TakenIn:
+    def base_rows(self, stages: Stages) -> BaseRows:
         """The first tile."""
         resid, mixer_in, in_x, gate = (tensor[:1] for tensor in self[:4])
-        return TakenIn(resid, mixer_in, in_x, gate, self.inputs.map(lambda tensor: tensor[:1]))
+        return BaseRows(stages, resid, mixer_in, in_x, gate, self.inputs.map(lambda tensor: tensor[:1]))
 
 
-class _Fork(NamedTuple):
+class Fork(NamedTuple):
     """Rows that part from the base in a layer.
 
     gated: [tiles, tokens, d_inner], of the tokens that the layer is computed at.
@@ -79,7 +78,7 @@ class Layer:
         stages = self.stages
         blocks = rows.used.split(stages.tiles_at_once())
         first = self._taken_in(blocks[0])
-        forks, local = self._parted(rows, first)
+        forks, local = self.parted(rows, first.base_rows(stages))
         if stages.keep is not None:
             return self._last(rows, blocks, first, forks, local)
         self._grow(rows, forks, local)
@@ -88,16 +87,13 @@ class Layer:
             stages.add_out(block, stages.gated(taken_in.inputs, taken_in.gate), block)
         return None
 
-    def branch(self, rows: Rows, taken_in: TakenIn) -> None:
-        """Let the layer's changes part from the base rows, which are to go on behind the layer only then."""
-        self._grow(rows, *self._parted(rows, taken_in))
-
-    def _parted(self, rows: Rows, taken_in: TakenIn) -> tuple[list[_Fork], Pile]:
-        base = BaseRows(self.stages, *taken_in.of_base)
+    def parted(self, rows: Rows, base: BaseRows) -> tuple[list[Fork], Pile]:
+        """The rows that part from the base rows in this layer, and those that differ from them behind it at their
+        sites alone."""
         forks = [fork for fork in (self._before_conv(rows, base), self._up_to_state(base)) if fork is not None]
         return forks, self._after_state(base)
 
-    def _grow(self, rows: Rows, forks: Sequence[_Fork], local: Pile) -> None:
+    def _grow(self, rows: Rows, forks: Sequence[Fork], local: Pile) -> None:
         """New tiles start from the base's residual stream before it goes on."""
         for fork in forks:
             tiles, base = rows.added(fork.cells), rows.hidden[:1]
@@ -107,7 +103,7 @@ class Layer:
                 tiles.copy_(base.expand_as(tiles))
                 tiles[:, : self.stages.n] = fork.resid_pre
                 self.stages.add_out(tiles, fork.gated, tiles)
-        rows.first_cells, rows.first = local.cells, rows.first[:0] if local.tensor is None else local.tensor
+        rows.put_first(local)
 
     def _taken_in(self, block: Float[Tensor, "tiles tokens d_model"]) -> TakenIn:
         stages = self.stages
@@ -116,7 +112,7 @@ class Layer:
         return TakenIn(block, mixer_in, in_x, gate, stages.scan_inputs(stages.activated(in_x)))
 
     def _last(
-        self, rows: Rows, blocks: Sequence[Tensor], first: TakenIn, forks: Sequence[_Fork], local: Pile
+        self, rows: Rows, blocks: Sequence[Tensor], first: TakenIn, forks: Sequence[Fork], local: Pile
     ) -> Float[Tensor, "tiles n_keep d_model"]:
         stages, kept = self.stages, self.kept_sites
         parts = []
@@ -145,7 +141,7 @@ class Layer:
         for group in self._of(*shorts):
             pile.add(group.cells, group.applied(self.sweep, base))
 
-    def _before_conv(self, rows: Rows, base: BaseRows) -> _Fork | None:
+    def _before_conv(self, rows: Rows, base: BaseRows) -> Fork | None:
         """Changes that the conv carries on: what the previous layer changed at the site alone is one of them."""
         stages = self.stages
         pile = Pile(rows.first_cells, rows.first)
@@ -170,9 +166,9 @@ class Layer:
         first_gate = gates[0] if self.kept_sites and gates else None
         if n_resid < pile.tiles:
             resid = torch.cat([resid, base.resid_pre.expand(pile.tiles - n_resid, -1, -1)])
-        return _Fork(pile.cells, stages.rejoined(early, first_gate, base.inputs, base.all_gate), resid)
+        return Fork(pile.cells, stages.rejoined(early, first_gate, base.inputs, base.all_gate), resid)
 
-    def _up_to_state(self, base: BaseRows) -> _Fork | None:
+    def _up_to_state(self, base: BaseRows) -> Fork | None:
         """Changes of what goes into the scan at the site, or of the state there: they go on through the state alone."""
         stages, n = self.stages, self.stages.n
         conv = Pile()
@@ -183,16 +179,17 @@ class Layer:
         self._changed(conv, base, "x")
         steps: list[ScanInputs] = []
         cells = conv.cells
+        groups = self._of("delta", "B")
+        raw = stages.are_launches and all(group.is_raw for group in groups if group.spec.short == "delta")
         if conv.tensor is not None:
-            raw = stages.scan_inputs(conv.tensor)
-            steps.append(raw._replace(delta=stages.delta(raw.delta), raw=False))
-        here = base.inputs.at(slice(n))
-        for group in self._of("delta", "B"):
-            new = group.applied(self.sweep, base)
-            if group.spec.short == "delta":
-                step = here._replace(delta=new, raw=False)
+            step = stages.scan_inputs(conv.tensor)
+            steps.append(step if raw else step._replace(delta=stages.delta(step.delta), raw=False))
+        for group in groups:
+            new, here = group.applied(self.sweep, base), base.inputs.at(slice(n))
+            if group.spec.short == "B":
+                step = here._replace(B=new) if raw else here._replace(delta=base.delta[None], B=new, raw=False)
             else:
-                step = here._replace(delta=base.delta[None], B=new, raw=False)
+                step = here._replace(delta=stages.delta(new) if group.is_raw and not raw else new, raw=raw)
             steps.append(step.map(functools.partial(_on_tiles, tiles=len(group.cells))))
             cells = cells + list(group.cells)
         states = self._states(base)
@@ -200,7 +197,7 @@ class Layer:
         if not cells:
             return None
         whole = None if not steps else steps[0] if len(steps) == 1 else ScanInputs.cat(steps, 0)
-        return _Fork(cells, stages.carried(whole, states.tensor, base.inputs, base.all_gate))
+        return Fork(cells, stages.carried(whole, states.tensor, base.inputs, base.all_gate))
 
     def _states(self, base: BaseRows) -> Pile:
         """The states at the sites where they, or what makes them from those before, are changed."""

@@ -36,6 +36,10 @@ class Rows:
         self.cells += cells
         return self.hidden[start : start + len(cells)]
 
+    def put_first(self, local: Pile) -> None:
+        """Go on with other rows that differ from the base at position 0 alone."""
+        self.first_cells, self.first = local.cells, self.first[:0] if local.tensor is None else local.tensor
+
 
 class Pile:
     """Tiles of several groups of changes that have come to the same stage: [tiles, n, *features]."""

@@ -10,16 +10,48 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssminterp.patching.products import is_plain, product
-from ssminterp.patching.stages import ScanInputs, Stages
+from ssminterp.patching.stages import Past, ScanInputs, Stages
 from ssminterp_kernels import rows
 from ssminterp_kernels.causal_conv import Activation
 from ssminterp_kernels.rows.triton_stages import TritonScan, conv_rows, scan_rows
 
 
+class Room:
+    """Where the gated outputs of forks are to be written, one behind the other: [tokens, d_inner]."""
+
+    def __init__(self, tokens: Float[Tensor, "tokens d_inner"]) -> None:
+        self.tokens = tokens
+
+    def of(self, tiles: int, tokens: int) -> Float[Tensor, "tiles tokens d_inner"]:
+        """The next part of it."""
+        found, self.tokens = self.tokens[: tiles * tokens], self.tokens[tiles * tokens :]
+        return found.view(tiles, tokens, -1)
+
+
 class TritonStages(Stages):
-    """The same stages in few launches, of which each takes the CPU about as long as a small one takes the GPU."""
+    """The same stages in few launches, of which each takes the CPU about as long as a small one takes the GPU.
+
+    room: where forks are written; None to allocate it.
+    """
 
     records_states = are_launches = True
+
+    def __init__(
+        self,
+        block: Any,
+        past: Past,
+        packing: rows.Packing,
+        A: Tensor | None = None,
+        keep: list[int] | None = None,
+        room: Room | None = None,
+    ) -> None:
+        super().__init__(block, past, packing, A, keep)
+        self.room = room
+
+    def _forks(self, tiles: int, gate: Float[Tensor, "1 n_keep d_inner"]) -> Float[Tensor, "tiles n_keep d_inner"]:
+        if self.room is None:
+            return gate.new_empty(tiles, *gate.shape[1:])
+        return self.room.of(tiles, gate.shape[1])
 
     def _conv(self, in_x: Float[Tensor, "tiles some_tokens d_inner"], activation: Activation) -> Tensor:
         return self._conv_of(in_x, None, in_x.shape[1], activation)
@@ -27,13 +59,6 @@ class TritonStages(Stages):
     def _conv_of(self, own: Tensor, shared: Tensor | None, tokens: int, activation: Activation) -> Tensor:
         inputs = (own, shared, tokens, self.past.window, self.taps, self.conv_bias)
         return conv_rows(self.packing, *inputs, silu=activation == "silu")
-
-    def activate_into(
-        self, out: Float[Tensor, "tiles tokens d_inner"], in_x: Float[Tensor, "tiles tokens d_inner"]
-    ) -> None:
-        """`activated`, where the activation is SiLU, into a tensor that is there."""
-        inputs = (in_x, None, in_x.shape[1], self.past.window, self.taps, self.conv_bias)
-        conv_rows(self.packing, *inputs, silu=True, out=out)
 
     def activated_early(
         self, first: Float[Tensor, "tiles n d_inner"], base: Float[Tensor, "1 tokens d_inner"]
@@ -49,6 +74,12 @@ class TritonStages(Stages):
             return ScanInputs(x, module(dt), B, C, raw=True)
         # As a matrix, which needs no copy of dt.
         return ScanInputs(x, product(dt.flatten(0, 1), module.weight).unflatten(0, dt.shape[:2]), B, C, raw=True)
+
+    def scan_inputs_of(self, x: Float[Tensor, "tokens d_inner"]) -> ScanInputs:
+        """The same of tokens that lie in no tiles: [tokens, …]."""
+        dt, B, C = self.parts(x)
+        module: Any = self.mixer.dt_proj
+        return ScanInputs(x, product(dt, module.weight) if is_plain(module) else module(dt), B, C, raw=True)
 
     def gated(
         self,
@@ -66,7 +97,8 @@ class TritonStages(Stages):
         base: ScanInputs,
         gate: Float[Tensor, "1 n_keep d_inner"],
     ) -> Float[Tensor, "tiles n_keep d_inner"]:
-        return scan_rows(self._triton_scan, rows.Early(*early), None, rows.Early(*base), gate, first_gate)
+        out = self._forks(len(early.x), gate)
+        return scan_rows(self._triton_scan, rows.Early(*early), None, rows.Early(*base), gate, first_gate, out=out)
 
     def carried(
         self,
@@ -76,7 +108,7 @@ class TritonStages(Stages):
         gate: Float[Tensor, "1 n_keep d_inner"],
     ) -> Float[Tensor, "tiles n_keep d_inner"]:
         n_steps, n_states = (0 if some is None else len(some) for some in (step and step.x, states))
-        gated = gate.new_empty(n_steps + n_states, *gate.shape[1:])
+        gated = self._forks(n_steps + n_states, gate)
         if step is not None:
             scan_rows(self._triton_scan, rows.Early(*step), None, rows.Early(*base), gate, out=gated[:n_steps])
         if states is not None:

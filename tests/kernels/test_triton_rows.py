@@ -13,7 +13,7 @@ if not HAS_GPU:
 from row_cases import SHAPES, TILES, RowCase, Rows, assert_close, expected_conv  # noqa: E402
 
 from ssminterp_kernels.rows import Packing, Recorded  # noqa: E402
-from ssminterp_kernels.rows.triton_stages import TritonScan, conv_rows, scan_rows  # noqa: E402
+from ssminterp_kernels.rows.triton_stages import TritonScan, conv_rows, conv_tokens, scan_rows  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -44,6 +44,26 @@ def test_conv_of_own_inputs_and_of_shared_ones(dtype: torch.dtype) -> None:
             conv = expected_conv(packing, in_x, window, taps, some_bias)
             got = conv_rows(packing, own, None if n_own == n_out else shared, n_out, window, taps, some_bias, silu)
             assert_close(got, F.silu(conv) if silu else conv, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("d_conv", [1, 2, 4])
+def test_conv_of_tokens_that_say_what_comes_before_them(dtype: torch.dtype, d_conv: int) -> None:
+    """Tokens that tiles share, then tiles of their own: 20 shared ones, and 3 tiles of 7."""
+    draw = Rows(RowCase([1], 40, 1, None), DEVICE, dtype).draw
+    inputs, taps, bias = draw(1, 20 + 3 * 7, 80)[0, :, 40:], draw(d_conv, 40), draw(40)
+    generator = torch.Generator().manual_seed(0)
+    earlier = torch.randint(-1, 20, (27, d_conv - 1), generator=generator)
+    of_tiles = torch.randint(-8, 20, (7, d_conv - 1), generator=generator)
+    earlier[20:] = of_tiles
+    for some_bias, silu in ((bias, True), (None, False)):
+        got = conv_tokens(inputs, earlier.int().to(DEVICE), 7, taps, some_bias, silu)
+        for token in range(len(inputs)):
+            tile_, kind = divmod(token - 20, 7) if token >= 20 else (0, token - 20)
+            begin = 20 + 7 * tile_
+            places = [begin - 2 - p if p < -1 else p for p in earlier[20 + kind].tolist()] + [token]
+            terms = [taps[j].double() * inputs[p].double() for j, p in enumerate(places) if p >= 0]
+            conv = sum(terms) + (0 if some_bias is None else some_bias.double())
+            assert_close(got[token], F.silu(conv) if silu else conv, TOLERANCE[dtype])
 
 
 def test_whole_rows(case: Rows, dtype: torch.dtype) -> None:

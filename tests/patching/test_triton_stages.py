@@ -42,6 +42,14 @@ def test_the_numbers_are_those_of_the_naive_engine(
     assert_equal_sweeps(*both_engines(model, *pair, hooks, metric_at([3, 2]), positions=ROLES))
 
 
+def test_rows_that_part_in_every_layer(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """From the whole residual stream, at their sites alone, and from the state on; one norm is called as a module."""
+    model = hooked(num_hidden_layers=3).to(DEVICE)
+    model.blocks[1].norm.register_forward_hook(lambda module, arguments, output: output)
+    hooks = ["resid_pre", "state", "C", "delta"]
+    assert_equal_sweeps(*both_engines(model, *pair, hooks, metric_at([3, 2]), positions=[1, 2]))
+
+
 def test_hooks_that_only_recorders_see(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_stages, "takes_triton", lambda weight: True)
     model = hooked(num_hidden_layers=2).to(DEVICE)

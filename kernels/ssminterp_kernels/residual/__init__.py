@@ -4,6 +4,6 @@ In one kernel, where torch takes two, and in half precision four; in front of a 
 as much as the others. Triton only, so this imports it.
 """
 
-from ssminterp_kernels.residual.triton_residual import Forks, add_and_norm, norm, norm_backward
+from ssminterp_kernels.residual.triton_residual import Forks, add, add_and_norm, norm, norm_backward
 
-__all__ = ["Forks", "add_and_norm", "norm", "norm_backward"]
+__all__ = ["Forks", "add", "add_and_norm", "norm", "norm_backward"]

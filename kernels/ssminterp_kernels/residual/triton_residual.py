@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ssminterp_kernels.backends import on_device_of
 from ssminterp_kernels.launching import Sized
 from ssminterp_kernels.residual.triton_residual_kernels import add_and_norm_kernel, norm_backward_kernel
 
@@ -18,8 +17,8 @@ _add_and_norm, _norm_backward = Sized(add_and_norm_kernel), Sized(norm_backward_
 class Forks(NamedTuple):
     """Tokens behind the others that go on from the residual stream of some of these.
 
-    origins: theirs, int32. whole: how many of them, the last ones, have what is added to that token added too; to the
-    first ones their own is.
+    origins: those, int32. whole: how many, the last ones, get what is added to that token too; the others get their
+    own.
     """
 
     origins: Int[Tensor, " forks"]
@@ -31,8 +30,21 @@ def norm(
 ) -> Float[Tensor, "tokens d_model"]:
     """weight · x / sqrt(mean of x² + epsilon) in the dtype of weight (Zhang & Sennrich 2019, arXiv:1910.07467)."""
     normed = torch.empty(resid.shape, dtype=weight.dtype, device=resid.device)
-    _launch(resid, None, weight, None, normed, None, epsilon)
+    _launch(resid, None, None, None, (weight, normed, epsilon))
     return normed
+
+
+def add(
+    resid: Float[Tensor, "old d_model"],
+    added: Float[Tensor, "given d_model"],
+    into: Float[Tensor, "tokens d_model"],
+    forks: Forks | None = None,
+) -> None:
+    """Writes resid + added to `into`, which is not resid if there are forks.
+
+    Tokens without forks are as many as resid has; `added` has no rows for the forks that are whole.
+    """
+    _launch(resid, added, into, forks, None)
 
 
 def add_and_norm(
@@ -43,35 +55,31 @@ def add_and_norm(
     into: Float[Tensor, "tokens d_model"],
     forks: Forks | None = None,
 ) -> Float[Tensor, "tokens d_model"]:
-    """Writes resid + added to `into`, which is not resid if there are forks; their norm as `norm` gives it.
-
-    Tokens without forks are as many as resid has; `added` has no rows for the forks that are whole.
-    """
+    """As `add`; what is written, as `norm` gives it."""
     normed = torch.empty(into.shape, dtype=weight.dtype, device=resid.device)
-    _launch(resid, added, weight, into, normed, forks, epsilon)
+    _launch(resid, added, into, forks, (weight, normed, epsilon))
     return normed
 
 
 def _launch(
     resid: Tensor,
     added: Tensor | None,
-    weight: Tensor,
     into: Tensor | None,
-    normed: Tensor,
     forks: Forks | None,
-    epsilon: float,
+    norm: tuple[Tensor, Tensor, float] | None,
 ) -> None:
-    tokens, width = normed.shape
+    """norm: weight, where to write, and epsilon."""
+    tokens, width = resid.shape if into is None else into.shape
     origins, whole = (None, 0) if forks is None else forks
-    with on_device_of(resid):
-        _add_and_norm(
-            tokens,
-            (resid, added, weight, into, normed, origins),
-            (width,),
-            (tokens if origins is None else tokens - len(origins), tokens - whole),
-            (epsilon, _power_of_2(width)),
-            num_warps=4,
-        )
+    weight, normed, epsilon = (None, None, 0.0) if norm is None else norm
+    _add_and_norm(
+        tokens,
+        (resid, added, weight, into, normed, origins),
+        (width,),
+        (tokens if origins is None else tokens - len(origins), tokens - whole),
+        (epsilon, _power_of_2(width)),
+        num_warps=4,
+    )
 
 
 def norm_backward(
@@ -89,15 +97,14 @@ def norm_backward(
     is_float32 = weight.dtype == torch.float32
     rounded = None if is_float32 else torch.empty(later.shape, dtype=weight.dtype, device=later.device)
     tokens, width = later.shape
-    with on_device_of(later):
-        _norm_backward(
-            tokens,
-            (later, dnormed, resid, weight, gradient, rounded),
-            (width,),
-            (),
-            (epsilon, _power_of_2(width)),
-            num_warps=4,
-        )
+    _norm_backward(
+        tokens,
+        (later, dnormed, resid, weight, gradient, rounded),
+        (width,),
+        (),
+        (epsilon, _power_of_2(width)),
+        num_warps=4,
+    )
     return gradient, gradient if rounded is None else rounded
 
 

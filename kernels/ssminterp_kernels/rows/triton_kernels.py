@@ -77,6 +77,55 @@ def conv_rows_kernel(
     tl.store(y + place, total, mask=exists[:, None] & there)
 
 
+@triton.jit(do_not_specialize=["n_tokens", "n_shared", "n_tile", "n_blocks"])
+@no_type_check
+def conv_tokens_kernel(
+    inputs,
+    taps,
+    bias,
+    y,
+    earlier,
+    d_inner,
+    n_tokens,
+    n_shared,
+    n_tile,
+    n_blocks,
+    D_CONV: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """y [n_tokens, d_inner]: of n_shared tokens, and behind them of tiles of n_tile tokens.
+
+    inputs: (pointer, stride of the token). earlier: [n_shared + n_tile, D_CONV - 1], which tokens come before each,
+    the oldest first: a shared one, -1 for none, or -2 - k for token k of its own tile.
+    """
+    pid = tl.program_id(0)
+    d = (pid % n_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    token = (pid // n_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    there = (d < d_inner)[None, :]
+    exists = token < n_tokens
+    tile_ = tl.maximum(token - n_shared, 0) // n_tile
+    begin = n_shared + tile_ * n_tile
+    kind = token - tl.where(token < n_shared, 0, tile_ * n_tile)
+    total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32) + load_channels(bias, d, d < d_inner)[None, :]
+    for j in tl.static_range(D_CONV):
+        if j == D_CONV - 1:
+            at = token
+        else:
+            at = tl.load(earlier + kind * (D_CONV - 1) + j, mask=exists, other=-1)
+            at = tl.where(at < -1, begin - 2 - at, at)
+        mask = (exists & (at >= 0))[:, None] & there
+        before = tl.load(inputs[0] + at.to(tl.int64)[:, None] * inputs[1] + d[None, :], mask=mask, other=0.0)
+        tap = tl.load(taps[0] + j * taps[1] + d * taps[2], mask=d < d_inner, other=0.0).to(tl.float32)
+        total += tap[None, :] * before.to(tl.float32)
+    if SILU:
+        total = total.to(y.dtype.element_ty).to(tl.float32)
+        total *= sigmoid(total)
+    place = token.to(tl.int64)[:, None] * d_inner + d[None, :]
+    tl.store(y + place, total, mask=exists[:, None] & there)
+
+
 @triton.jit
 @no_type_check
 def _load_row(x, delta, B, C, tile_, token, d, n, there, n_there):

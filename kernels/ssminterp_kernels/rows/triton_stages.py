@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from ssminterp_kernels.backends import on_device_of
 from ssminterp_kernels.launching import Sized
 from ssminterp_kernels.rows.mixer_stages import Early, Recorded
 from ssminterp_kernels.rows.packing import Packing
-from ssminterp_kernels.rows.triton_kernels import conv_rows_kernel, scan_rows_kernel
+from ssminterp_kernels.rows.triton_kernels import conv_rows_kernel, conv_tokens_kernel, scan_rows_kernel
 
 _BLOCK_D, _WARPS = 64, 2
-_conv_rows, _scan_rows = Sized(conv_rows_kernel), Sized(scan_rows_kernel)
+_conv_rows, _scan_rows, _conv_tokens = Sized(conv_rows_kernel), Sized(scan_rows_kernel), Sized(conv_tokens_kernel)
 
 
 class TritonScan(NamedTuple):
@@ -63,18 +62,48 @@ def conv_rows(
     starts, _, rows, positions = packing.on(own.device)
     block_t, block_d = 16, min(64, max(32, _power_of_2(d_inner)))
     n_blocks = -(-d_inner // block_d)
-    with on_device_of(own):
-        _conv_rows(
-            tiles * -(-n_out // block_t) * n_blocks,
-            (
-                *(_tiled(own), _tiled(shared), (window, *window.stride()), (taps, *taps.stride())),
-                *(None if bias is None else (bias, bias.stride(0)), y, starts, rows, positions),
-            ),
-            (d_inner,),
-            (n_own, n_out, n_blocks),
-            (len(taps), silu, block_t, block_d),
-            num_warps=4,
-        )
+    _conv_rows(
+        tiles * -(-n_out // block_t) * n_blocks,
+        (
+            *(_tiled(own), _tiled(shared), (window, *window.stride()), (taps, *taps.stride())),
+            *(None if bias is None else (bias, bias.stride(0)), y, starts, rows, positions),
+        ),
+        (d_inner,),
+        (n_own, n_out, n_blocks),
+        (len(taps), silu, block_t, block_d),
+        num_warps=4,
+    )
+    return y
+
+
+def conv_tokens(
+    inputs: Float[Tensor, "tokens d_inner"],
+    earlier: Int[Tensor, "kinds n_before"],
+    n_tile: int,
+    taps: Float[Tensor, "d_conv d_inner"],
+    bias: Float[Tensor, " d_inner"] | None,
+    silu: bool,
+) -> Float[Tensor, "tokens d_inner"]:
+    """The causal depthwise conv of tokens that tiles share, and behind them of the tiles' own, n_tile of each.
+
+    earlier: the tokens before each, the oldest first, int32, of those that are shared and of a tile: a shared token,
+    -1 for none, or -2 - k for token k of the same tile.
+    """
+    tokens, d_inner = inputs.shape
+    y = torch.empty(tokens, d_inner, dtype=inputs.dtype, device=inputs.device)
+    block_t, block_d = 16, min(64, max(32, _power_of_2(d_inner)))
+    n_blocks = -(-d_inner // block_d)
+    _conv_tokens(
+        -(-tokens // block_t) * n_blocks,
+        (
+            *((inputs, inputs.stride(0)), (taps, *taps.stride())),
+            *(None if bias is None else (bias, bias.stride(0)), y, earlier),
+        ),
+        (d_inner,),
+        (tokens, len(earlier) - n_tile, n_tile, n_blocks),
+        (len(taps), silu, block_t, block_d),
+        num_warps=4,
+    )
     return y
 
 
@@ -108,19 +137,18 @@ def scan_rows(
     reach = packing.reach_of(own.x.shape[1]) if own is not None else 1
     n_blocks = -(-d_inner // _BLOCK_D)
     block_n = _power_of_2(d_state)
-    with on_device_of(past):
-        _scan_rows(
-            tiles * packing.n * n_blocks,
-            (
-                *(before, *_inputs(own), *_inputs(base), scan.A, (scan.D, scan.D.stride(0))),
-                *(None if scan.bias is None else (scan.bias, scan.bias.stride(0)), _tiled(gate), _tiled(first_gate)),
-                *(scan.table, *(record or (None, None)), out, starts, lengths),
-            ),
-            (d_inner, d_state),
-            (tiles, reach, 0 if first_gate is None else len(first_gate), gate.shape[1], n_blocks, 0),
-            (own is not None and own.raw, d_state == block_n and d_state >= 4, block_n, _BLOCK_D),
-            num_warps=_WARPS,
-        )
+    _scan_rows(
+        tiles * packing.n * n_blocks,
+        (
+            *(before, *_inputs(own), *_inputs(base), scan.A, (scan.D, scan.D.stride(0))),
+            *(None if scan.bias is None else (scan.bias, scan.bias.stride(0)), _tiled(gate), _tiled(first_gate)),
+            *(scan.table, *(record or (None, None)), out, starts, lengths),
+        ),
+        (d_inner, d_state),
+        (tiles, reach, 0 if first_gate is None else len(first_gate), gate.shape[1], n_blocks, 0),
+        (own is not None and own.raw, d_state == block_n and d_state >= 4, block_n, _BLOCK_D),
+        num_warps=_WARPS,
+    )
     return out
 
 
