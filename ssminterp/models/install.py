@@ -162,6 +162,6 @@ def is_watched(module: nn.Module) -> bool:
     """Whether torch hooks other than our own are called with a module, or accelerate moves its weights."""
     listeners = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     ours = (_FirstArgument, _Output, StateMatricesBefore)
-    return hasattr(module, "_hf_hook") or any(
+    return "_hf_hook" in module.__dict__ or any(
         not isinstance(one, ours) and one is not forget_state_matrices for one in listeners
     )

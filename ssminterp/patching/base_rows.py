@@ -13,14 +13,18 @@ from ssminterp.patching.stages import ScanInputs, Stages, read
 
 
 class BaseRows:
-    """The base rows of a layer, [1, tokens, …]: `inputs` to the scan, and what every hook holds at the n sites."""
+    """The base rows of a layer, [1, tokens, …]: `inputs` to the scan, and what every hook holds at the n sites.
+
+    resid, mixer_in, in_x: theirs, and those of other tiles behind them.
+    """
 
     def __init__(
         self, stages: Stages, resid: Tensor, mixer_in: Tensor, in_x: Tensor, gate: Tensor, inputs: ScanInputs
     ) -> None:
         self.stages = stages
         self.n = stages.n
-        self.all_resid, self.all_mixer_in, self.all_in_x, self.all_gate = resid, mixer_in, in_x, gate
+        self.of_tiles = (resid, mixer_in, in_x)
+        self.all_gate = gate
         self.inputs = inputs
 
     def value(self, short: str) -> Float[Tensor, "n *features"]:
@@ -28,11 +32,15 @@ class BaseRows:
 
     @cached_property
     def resid_pre(self) -> Tensor:
-        return self.all_resid[0, : self.n]
+        return self.of_tiles[0][0, : self.n]
 
     @cached_property
     def mixer_in(self) -> Tensor:
-        return self.all_mixer_in[0, : self.n]
+        return self.of_tiles[1][0, : self.n]
+
+    @cached_property
+    def all_in_x(self) -> Tensor:
+        return self.of_tiles[2][:1]
 
     @cached_property
     def in_x(self) -> Tensor:

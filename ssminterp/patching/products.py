@@ -24,7 +24,7 @@ def linear(module: nn.Module, x: Float[Tensor, "*rows d_in"]) -> Tensor:
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is a linear layer and nothing else: no adapter, and weights that accelerate does not move."""
-    return type(module) is nn.Linear and not hasattr(module, "_hf_hook") and not module._forward_hooks
+    return type(module) is nn.Linear and "_hf_hook" not in module.__dict__ and not module._forward_hooks
 
 
 def halves(in_proj: nn.Linear) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:

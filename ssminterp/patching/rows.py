@@ -48,8 +48,8 @@ class TakenIn(NamedTuple):
 
     def base_rows(self, stages: Stages) -> BaseRows:
         """The first tile."""
-        resid, mixer_in, in_x, gate = (tensor[:1] for tensor in self[:4])
-        return BaseRows(stages, resid, mixer_in, in_x, gate, self.inputs.map(lambda tensor: tensor[:1]))
+        inputs = self.inputs.map(lambda tensor: tensor[:1])
+        return BaseRows(stages, self.resid, self.mixer_in, self.in_x, self.gate[:1], inputs)
 
 
 class Fork(NamedTuple):

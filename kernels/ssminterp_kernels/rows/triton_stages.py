@@ -156,9 +156,11 @@ def _tiled(tensor: Tensor | None) -> tuple[Any, ...] | None:
     """A tensor [tiles, tokens, channels] as the kernels take it; one tile serves all."""
     if tensor is None:
         return None
-    if tensor.stride(2) != 1:
+    of_tile, of_token, of_channel = tensor.stride()
+    if of_channel != 1:
         tensor = tensor.contiguous()
-    return tensor, 0 if len(tensor) == 1 else tensor.stride(0), tensor.stride(1)
+        of_tile, of_token, _ = tensor.stride()
+    return tensor, 0 if tensor.shape[0] == 1 else of_tile, of_token
 
 
 def _inputs(inputs: Early | None) -> tuple[tuple[Any, ...] | None, ...]:
