@@ -108,7 +108,8 @@ def test_what_is_watched_or_of_another_kind_is_left_to_autograd() -> None:
 def test_a_gpu_takes_it_by_itself(batch: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = hooked(hidden_size=64).cuda()
     tokens = random_tokens(batch, length, seed=1).cuda(), random_tokens(batch, length, seed=2).cuda()
-    monkeypatch.setattr(attribution_module, "_attribute", None)
-    got = attribution_patch(model, *tokens, "state", last_logit)
+    with monkeypatch.context() as without_autograd:
+        without_autograd.setattr(attribution_module, "_attribute", None)
+        got = attribution_patch(model, *tokens, "state", last_logit)
     expected = attribution_patch(model.cpu(), *(side.cpu() for side in tokens), "state", last_logit)
     assert_equal(got, expected, 1e-3)
