@@ -312,16 +312,24 @@ class Sized:
         # are given as numbers, which spares the launcher to ask the driver whose they are.
         key: list[Any] = [index, fixed, constants]
         pointers: list[Any] = []
+        lowest_bits = 0
         for argument in tensors:
             if argument is None:
                 key.append(None)
                 pointers.append(None)
-                continue
-            is_strided = type(argument) is tuple
-            tensor, strides = (argument[0], argument[1:]) if is_strided else (argument, ())
-            pointer = tensor.data_ptr()
-            key += (tensor.dtype, strides, pointer & 15 == 0)
-            pointers.append((pointer, *strides) if is_strided else pointer)
+            elif type(argument) is tuple:
+                tensor, *strides = argument
+                pointer = tensor.data_ptr()
+                key += (tensor.dtype, *strides)
+                pointers.append((pointer, *strides))
+                lowest_bits |= pointer
+            else:
+                pointer = argument.data_ptr()
+                key.append(argument.dtype)
+                pointers.append(pointer)
+                lowest_bits |= pointer
+        if lowest_bits & 15:
+            key += [p and (p[0] if isinstance(p, tuple) else p) & 15 == 0 for p in pointers]
         compiled = self._known.get(layout := tuple(key))
         if compiled is None or _launches_are_heard_of():
             compiled = self.kernel[(grid,)](*tensors, *fixed, *sizes, *constants, num_warps=num_warps)

@@ -15,7 +15,7 @@ from ssminterp.patching.stages import ScanInputs, Stages, read
 class BaseRows:
     """The base rows of a layer, [1, tokens, …]: `inputs` to the scan, and what every hook holds at the n sites.
 
-    resid, mixer_in, in_x: theirs, and those of other tiles behind them.
+    resid, mixer_in, in_x: theirs, and those of other tiles behind them; where stages are launches, inputs too.
     """
 
     def __init__(

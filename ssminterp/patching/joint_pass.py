@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ssminterp.models.install import is_watched
 from ssminterp.models.norm import FusedRMSNorm
+from ssminterp.patching.base_rows import BaseRows
 from ssminterp.patching.changes import Changes, cells_by_place
 from ssminterp.patching.products import linear
 from ssminterp.patching.records import wanted_at
 from ssminterp.patching.request import Sweep
-from ssminterp.patching.rows import Layer, TakenIn
+from ssminterp.patching.rows import Layer
 from ssminterp.patching.sites import Places, Sites, Wanted
 from ssminterp.patching.stage_runs import At, Held, Record, Runs
 from ssminterp.patching.stages import Past, embedded
@@ -109,8 +110,8 @@ class _Joint:
 
     def through(self, layer: int) -> None:
         """Bring runs and rows behind a layer, with new rows for its changes and the next one's."""
-        of_runs = self.runs.stages(layer)
-        assert isinstance(of_runs, TritonStages)
+        past = self.runs.past(self.normed.device)
+        of_runs = TritonStages(self.blocks[layer], past, self.runs.packing, self.runs.A[layer])
         mixer: Any = of_runs.mixer
         in_x, gate = linear(mixer.in_proj, self.normed).chunk(2, dim=-1)
         conv = (self.table.earlier, self.packing.tokens, of_runs.taps, of_runs.conv_bias)
@@ -118,25 +119,25 @@ class _Joint:
         inputs = of_runs.scan_inputs_of(x)
         keys = self.keys.get(layer, [])
         n_forks = len(self.rows.first_cells) + sum(len(self.places[key]) for key in keys)
-        n, n_old = self.n_shared, len(x)
+        n_old = x.shape[0]
         room = torch.empty(n_old + n_forks * self.packing.tokens, x.shape[1], dtype=x.dtype, device=x.device)
         run_inputs, run_gate = inputs.map(self._of_runs), self._of_runs(gate)
-        record = self._record(of_runs, layer, [self.sources[key] for key in keys if self._short(key) == "state"])
-        of_runs.gated(run_inputs, run_gate, record.to_be_written, out=room[None, :n])
+        wanted = [self.sources[key] for key in keys if self._short(key) == "state"]
+        record = self._record(of_runs, layer, wanted)
+        run_gated = self._of_runs(room)
+        of_runs.gated(run_inputs, run_gate, record.to_be_written, out=run_gated)
         state, *states = record.given()
-        past = Past(self._window(layer, keys, in_x), state)
-        of_rows = TritonStages(of_runs.block, past, self.packing, of_runs.A, room=Room(room[n_old:]))
+        of_rows = of_runs.of_rows(Past(self._window(layer, keys, in_x), state), self.packing, Room(room, n_old))
         row_inputs, row_gate = inputs.map(self._tiles), self._tiles(gate)
-        of_rows.gated(row_inputs, row_gate, out=self._tiles(room[:n_old]))
+        of_rows.gated(row_inputs, row_gate, out=self._tiles(room))
         forks: list[int] = []
         prepared = 0
         if keys or self.rows.first_cells:
-            hidden = self.hidden[:n_old]
-            resid, normed, run_in_x = (self._of_runs(tensor) for tensor in (hidden, self.normed, in_x))
-            held = Held(of_runs, resid, normed, run_in_x, run_gate, run_inputs, room[None, :n])
+            resid, normed, run_in_x = (self._of_runs(tensor) for tensor in (self.hidden, self.normed, in_x))
+            held = Held(of_runs, resid, normed, run_in_x, run_gate, run_inputs, run_gated)
             changes = self._changes(keys, [self._source(held, key, states) for key in keys])
-            resid, normed, base_in_x = (self._tiles(tensor) for tensor in (hidden, self.normed, in_x))
-            base = TakenIn(resid, normed, base_in_x, row_gate, row_inputs).base_rows(of_rows)
+            resid, normed, row_in_x = (self._tiles(tensor) for tensor in (self.hidden, self.normed, in_x))
+            base = BaseRows(of_rows, resid, normed, row_in_x, row_gate[:1], row_inputs)
             parted, local = Layer(self.sweep, of_rows, changes).parted(self.rows, base)
             for fork in parted:
                 forks += fork.cells

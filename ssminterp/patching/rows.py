@@ -185,7 +185,7 @@ class Layer:
             step = stages.scan_inputs(conv.tensor)
             steps.append(step if raw else step._replace(delta=stages.delta(step.delta), raw=False))
         for group in groups:
-            new, here = group.applied(self.sweep, base), base.inputs.at(slice(n))
+            new, here = group.applied(self.sweep, base), base.inputs.map(lambda tensor: tensor[:1, :n])
             if group.spec.short == "B":
                 step = here._replace(B=new) if raw else here._replace(delta=base.delta[None], B=new, raw=False)
             else:

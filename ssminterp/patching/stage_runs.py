@@ -169,7 +169,7 @@ class Runs:
     def stages(self, layer: int) -> Stages:
         block = self.model.blocks[layer]
         device = block.mixer.conv1d.weight.device
-        return stages_of(block, self._past(device), self.packing, self.A[layer])
+        return stages_of(block, self.past(device), self.packing, self.A[layer])
 
     def record(self, stages: Stages, wanted: Sequence[Wanted]) -> Record | None:
         """What the scan of a layer is to write down; None if no states are wanted."""
@@ -190,7 +190,7 @@ class Runs:
             self._at[key] = At.of(places, self.packing.n, device)
         return self._at[key]
 
-    def _past(self, device: torch.device) -> Past:
+    def past(self, device: torch.device) -> Past:
         """Of runs that have none."""
         if device not in self._pasts:
             cfg, n = self.model.cfg, self.packing.n

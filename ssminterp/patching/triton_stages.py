@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 from typing import Any
 
@@ -17,15 +18,18 @@ from ssminterp_kernels.rows.triton_stages import TritonScan, conv_rows, scan_row
 
 
 class Room:
-    """Where the gated outputs of forks are to be written, one behind the other: [tokens, d_inner]."""
+    """Where the gated outputs of forks are to be written: the tokens of a tensor from one on."""
 
-    def __init__(self, tokens: Float[Tensor, "tokens d_inner"]) -> None:
+    def __init__(self, tokens: Float[Tensor, "tokens d_inner"], first: int) -> None:
         self.tokens = tokens
+        self.first = first
 
     def of(self, tiles: int, tokens: int) -> Float[Tensor, "tiles tokens d_inner"]:
         """The next part of it."""
-        found, self.tokens = self.tokens[: tiles * tokens], self.tokens[tiles * tokens :]
-        return found.view(tiles, tokens, -1)
+        width = self.tokens.shape[1]
+        found = self.tokens.as_strided((tiles, tokens, width), (tokens * width, width, 1), self.first * width)
+        self.first += tiles * tokens
+        return found
 
 
 class TritonStages(Stages):
@@ -47,6 +51,13 @@ class TritonStages(Stages):
     ) -> None:
         super().__init__(block, past, packing, A, keep)
         self.room = room
+
+    def of_rows(self, past: Past, packing: rows.Packing, room: Room) -> TritonStages:
+        """The stages of the same layer for other rows, all of which are kept."""
+        other = copy.copy(self)
+        other.past, other.packing, other.room = past, packing, room
+        other.__dict__.pop("_triton_scan", None)
+        return other
 
     def _forks(self, tiles: int, gate: Float[Tensor, "1 n_keep d_inner"]) -> Float[Tensor, "tiles n_keep d_inner"]:
         if self.room is None:
