@@ -49,6 +49,9 @@ SMALL_CASES = (
         ScanCase(batch=9, length=10, d_inner=1, d_state=d_state, edit_positions=(3, 9), states=(2, 8))
         for d_state in (2, 16)
     ),
+    # whole blocks of channels: the backward pass keeps states in rows of the gradients, and its programs are in pairs
+    ScanCase(length=35, batch=1, d_inner=64, d_state=16, edit_positions=(20,), states=(7,)),
+    ScanCase(length=20, batch=1, d_inner=96, d_state=15, optional=("D",), states=None, dtype=F16),
     # d_state and strides that the kernels read 16 bytes at a time; edits alone, in pairs and at the end of a block
     ScanCase(length=18, d_inner=3, d_state=16, edit_positions=((0, 1, 15), (7, 8, 17)), states=(0, 9, 10)),
 )
@@ -68,6 +71,12 @@ GPU_CASES = (
         length=1000, d_inner=70, d_state=8, edit_positions=(tuple(range(0, 640, 10)), tuple(range(360, 1000, 10)))
     ),
     ScanCase(length=3000, batch=1, d_inner=33, d_state=16, states=(0, 2999), strided=True, dtype=BF16),
+    *(
+        ScanCase(length=length, d_inner=192, d_state=16, optional=optional, dtype=dtype, edit_positions=(3, 64))
+        for length in (70, 1000)
+        for optional in (OPTIONAL, ("D", "initial_state"))
+        for dtype in (torch.float32, BF16)
+    ),
     ScanCase(length=2500, batch=3, d_inner=33, d_state=16, states="all"),
     ScanCase(length=19, batch=300, d_inner=64, d_state=16, edit_positions=(2, 9, 10), states=(7, 9, 18)),
     ScanCase(batch=70, length=16, d_inner=64, d_state=16, edit_positions=(3,)),

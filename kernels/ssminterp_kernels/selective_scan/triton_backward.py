@@ -1,4 +1,4 @@
-"""The backward scan in Triton, by recomputation from the states before every SEGMENT-th position.
+"""The backward scan in Triton, by recomputation from the states before segments of time.
 
 With g_t = dLoss/dstate_t (the adjoint), the scan runs backwards in time:
 
@@ -6,10 +6,10 @@ With g_t = dLoss/dstate_t (the adjoint), the scan runs backwards in time:
     dC_t = Σ_d dy_t state_t,  dB_t = Σ_d g_t Δ_t x_t,  dx_t = Δ_t Σ_n g_t B_t,
     dΔ_t = Σ_n g_t A_bar_t state_{t-1} A + x_t Σ_n g_t B_t,  dA = Σ_t g_t A_bar_t state_{t-1} Δ_t
 
-A segment is replayed forward once, leaving the states before its inner blocks of BLOCK_T positions in scratch; then the
-blocks are taken last to first: a block's states are replayed into shared memory and walked backwards. Sums over d_inner
-(dB, dC) and over batch and time (dA, dD, dbias) are written as partial sums per program and added up in a fixed order,
-so that the result does not depend on scheduling.
+A segment is replayed forward once, keeping the states before its inner blocks of BLOCK_T positions (see
+`triton_backward_states`); then the blocks are taken last to first: a block's states are replayed into shared memory and
+walked backwards. Sums over d_inner (dB, dC) are left as partial sums of two programs each, those over batch and time
+(dA, dD, dbias) of one. They are added up in a fixed order, so that the result does not depend on scheduling.
 
 What there is per channel (x, delta, z, dy and their gradients) lies a channel a lane. Of a tile [channel, d_state] a
 thread holds 4 states of 4 channels: it adds up a quarter of each sum over d_state, and 4 channels of each sum over
@@ -24,6 +24,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+from ssminterp_kernels.selective_scan.triton_backward_states import boundary_state, keep_state, kept_state, replayed
 from ssminterp_kernels.selective_scan.triton_layouts import (
     channel_numbers,
     full_row,
@@ -67,36 +68,6 @@ from ssminterp_kernels.selective_scan.triton_math import (
 )
 
 
-@jit
-@no_type_check
-def _replayed(state, A2, step, inflow, B, t, edit, edits, edits_here, keep, add, place):
-    """The state after position t, edited if its edit is the next, and the number of the next edit.
-
-    inflow: Δ x. place: batch, d, n and which of the tile are there.
-    """
-    batch, d, n, tile_there = place
-    state = tl.exp2(step[:, None] * A2) * state
-    state += inflow[:, None] * B
-    if edits is not None:
-        if position_or_never(edits_here, edit, edits[2]) == t:
-            state = state * load_tile(keep, batch, edit, d, n, tile_there)
-            state += load_tile(add, batch, edit, d, n, tile_there)
-            edit += 1
-    return state, edit
-
-
-@jit
-@no_type_check
-def _boundary(boundaries, segment, place, TILE: tl.constexpr):
-    """The state before a segment; place: see `_replayed`."""
-    batch, d, n, tile_there = place
-    if boundaries is None:
-        state = full_tile(0.0, tile_there.shape[0], tile_there.shape[1], TILE)
-    else:
-        state = load_tile(boundaries, batch, segment, d, n, tile_there)
-    return state
-
-
 @jit(do_not_specialize=["length", "chunk_length", "n_chunks", "n_blocks", "group_size"])
 @no_type_check
 def scan_backward_kernel(
@@ -124,7 +95,7 @@ def scan_backward_kernel(
     dkeep,
     dadd,
     dstart,
-    scratch,
+    kept,
     length,
     chunk_length,
     n_chunks,
@@ -134,6 +105,7 @@ def scan_backward_kernel(
     d_state,
     POS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    HEAD: tl.constexpr,
     SEGMENT: tl.constexpr,
     MASK: tl.constexpr,
     MASK_N: tl.constexpr,
@@ -141,6 +113,8 @@ def scan_backward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PARTS: tl.constexpr,
+    PLANES: tl.constexpr,
+    OUTPUTS: tl.constexpr,
     TILE: tl.constexpr,
     LINES: tl.constexpr,
     SUMS: tl.constexpr,
@@ -150,12 +124,14 @@ def scan_backward_kernel(
 ):
     """One program: one batch element, one chunk, BLOCK_D channels of one group.
 
-    boundaries: the state before every SEGMENT-th position [batch, n_segments, d_inner, d_state], None for zeros.
+    boundaries: the states before segments [batch, n_segments, d_inner, d_state], None for zeros. Segments are the first
+    HEAD positions of a chunk, then SEGMENT at a time.
     future: dLoss/d(state after each chunk) from what comes later [batch, n_chunks, d_inner, d_state].
     dy: [batch, pos, d_inner]; dstates: [batch, n_recorded, d_inner, d_state] or None.
-    dweights: [2 (B, C), batch, pos, n_blocks, d_state]; dchannels: [batch, n_chunks, (d_state + 2) × d_inner] (A, D,
-    bias); dkeep, dadd: [batch, n_edits, d_inner, d_state]; dstart: [batch, 1, d_inner, d_state].
-    scratch: (pointer to [programs, SEGMENT / BLOCK_T - 2, BLOCK_D, BLOCK_N],). POS: the strides of the position axes of
+    dweights: zeros [2 (B, C), batch, pos, pairs, d_state]; dchannels: [batch, n_chunks, 2 (D, bias), d_inner];
+    dkeep, dadd: [batch, n_edits, d_inner, d_state]; dstart: [batch, 1, d_inner, d_state]. kept: [PLANES, batch ×
+    n_chunks, d_inner, d_state]; of the first plane, which may be `future` too, dA is made. OUTPUTS: in how many of dx,
+    ddelta and dz states may lie, which then have the same strides; else 0. POS: the strides of the position axes of
     x, delta, z, B, C, dy, dx, ddelta, dz and dweights. MASK: some block of BLOCK_T positions or BLOCK_D channels is not
     full; MASK_N: d_state is less than BLOCK_N. PARTS: see `Parts`; TILE and what follows: see `Layouts`.
 
@@ -170,6 +146,8 @@ def scan_backward_kernel(
     lane = channel_numbers(BLOCK_D, LINES)
     first_channel = (block % blocks_per_group) * BLOCK_D
     d0 = (group * group_size + first_channel).to(tl.int64)
+    if OUTPUTS > 0:  # groups are whole blocks
+        d0 = tl.multiple_of(d0, BLOCK_D)
     there = first_channel + lane < group_size
     bias_row = load_row(bias, d0 + lane, there, BLOCK_D, LINES)
     D_row = load_row(D, d0 + lane, there, BLOCK_D, LINES)
@@ -196,11 +174,12 @@ def scan_backward_kernel(
     sum_n = summed_state_numbers(BLOCK_N, SUMS)
     sum_there = (sum_n < d_state)[None, :]
     n_batch = tl.num_programs(0) // n_blocks // n_chunks
-    sums_at = dweights[0] + (batch * length * n_blocks + block) * d_state
-    sums_at += (sum_number // BLOCK_T).to(tl.int64)[:, None] * n_batch * length * n_blocks * d_state
+    pairs = (blocks_per_group + 1) // 2
+    n_sums = n_blocks // blocks_per_group * pairs
+    sums_at = dweights[0] + (batch * length * n_sums + group * pairs + block % blocks_per_group // 2) * d_state
+    sums_at += (sum_number // BLOCK_T).to(tl.int64)[:, None] * n_batch * length * n_sums * d_state
     sums_at += sum_u[:, None] * POS[9] + sum_n[None, :]
-    own_scratch = scratch[0] + pid.to(tl.int64) * (SEGMENT // BLOCK_T - 2) * BLOCK_N * BLOCK_D
-    own_scratch += channel[:, None] * BLOCK_N + n[None, :]
+    own = batch * n_chunks + chunk
     history = shared_tiles(BLOCK_T - 1, BLOCK_D, BLOCK_N, PLAIN)
     over_states = shared_tiles(2 * BLOCK_T, BLOCK_D, BLOCK_N // PARTS[0], PLAIN)
     over_channels = shared_sums(2 * BLOCK_T, PARTS[2], BLOCK_N)
@@ -224,18 +203,21 @@ def scan_backward_kernel(
     if dstates is not None:
         if recorded is not None:
             record = count_before(recorded[0], recorded[1], stop) - 1
-    n_segments = (stop - first + SEGMENT - 1) // SEGMENT
+    n_segments = (stop - first + SEGMENT - HEAD + SEGMENT - 1) // SEGMENT
+    first_segment = chunk * ((chunk_length + SEGMENT - HEAD + SEGMENT - 1) // SEGMENT)
     for back in range(0, n_segments):
-        begin = first + (n_segments - 1 - back) * SEGMENT
-        end = tl.minimum(begin + SEGMENT, stop)
+        segment = n_segments - 1 - back
+        begin = tl.maximum(first + segment * SEGMENT - (SEGMENT - HEAD), first)
+        end = tl.minimum(first + (segment + 1) * SEGMENT - (SEGMENT - HEAD), stop)
+        rows = (channel, tl.maximum(begin - HEAD, first), dx_start, ddelta_start, dz_start)
         n_pieces = (end - begin + BLOCK_T - 1) // BLOCK_T
-        state = _boundary(boundaries, begin // SEGMENT, place, TILE)
+        state = boundary_state(boundaries, first_segment + segment, place, TILE)
         x_next = load_rows(x, x_start, lane, begin, begin, end, there, POS[0], BLOCK_T, MASK)
         delta_next = load_rows(delta, delta_start, lane, begin, begin, end, there, POS[1], BLOCK_T, MASK)
         B_block = load_weights(B_rows, begin, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
         for piece in range(1, n_pieces):
             if piece > 1:
-                tl.store(own_scratch + (piece - 2) * BLOCK_N * BLOCK_D, state)
+                keep_state(piece - 2, state, kept, own, place, rows, PLANES, OUTPUTS, POS[6], BLOCK_T)
             t0 = begin + (piece - 1) * BLOCK_T
             x_here = x_next
             delta_here = delta_next
@@ -254,7 +236,7 @@ def scan_backward_kernel(
                 step = take_value(step_kept[u], TILE)
                 inflow = take_value(inflow_kept[u], TILE)
                 B_row = take_row(B_shared, u, TILE)
-                state, edit = _replayed(
+                state, edit = replayed(
                     state, A2, step, inflow, B_row, t0 + u, edit, edits, edits_here, keep, add, place
                 )
 
@@ -296,7 +278,7 @@ def scan_backward_kernel(
                 step = take_value(step_kept[u], TILE)
                 inflow = take_value(inflow_kept[u], TILE)
                 B_row = take_row(B_shared, u, TILE)
-                state, edit = _replayed(
+                state, edit = replayed(
                     state, A2, step, inflow, B_row, t0 + u, edit, edits, edits_here, keep, add, place
                 )
                 if u < BLOCK_T - 1:
@@ -355,6 +337,10 @@ def scan_backward_kernel(
                 through_A = carry * previous
                 put_over_states(over_states[BLOCK_T + u], through_A * A2, PARTS[0])
                 dA += through_A * step[:, None]
+            if piece > 1:
+                before = kept_state(piece - 2, kept, own, place, rows, PLANES, OUTPUTS, POS[6], BLOCK_T)
+            else:
+                before = boundary_state(boundaries, first_segment + segment, place, TILE)
             for v in tl.static_range(BLOCK_T):
                 mask = there & (t0 + v < end)
                 through_B = take_over_states(over_states[v], LINES)
@@ -371,16 +357,13 @@ def scan_backward_kernel(
                 store_masked(dx_at + (lane * dx[3] + v * POS[6]), dx_row, mask, MASK)
             sums_mask = sum_there & (t0 + sum_u < end)[:, None]
             sums = take_over_channels(over_channels, SUMS)
-            store_masked(sums_at + t0.to(tl.int64) * POS[9], sums, sums_mask, MASK or MASK_N)
-            if piece > 1:
-                before = tl.load(own_scratch + (piece - 2) * BLOCK_N * BLOCK_D)
-            else:
-                before = _boundary(boundaries, begin // SEGMENT, place, TILE)
+            # Two programs add to the same zeros: their sum is the same whoever comes first.
+            tl.atomic_add(sums_at + t0.to(tl.int64) * POS[9], sums, mask=sums_mask, sem="relaxed")
 
-    channel_sums = dchannels[0] + (batch * n_chunks + chunk) * (d_state + 2) * d_inner
-    tl.store(channel_sums + d[:, None] * d_state + n[None, :], dA, mask=tile_there)
-    tl.store(channel_sums + d_state * d_inner + d0 + lane, dD, mask=there)
-    tl.store(channel_sums + (d_state + 1) * d_inner + d0 + lane, dbias, mask=there)
+    tl.store(tile_at(kept, tl.cast(0, tl.int64), own, d, n), dA, mask=tile_there)
+    channel_sums = dchannels[0] + own * 2 * d_inner + d0 + lane
+    tl.store(channel_sums, dD, mask=there)
+    tl.store(channel_sums + d_inner, dbias, mask=there)
     if dstart is not None:
         if chunk == 0:
             tl.store(tile_at(dstart, batch, 0, d, n), carry, mask=tile_there)

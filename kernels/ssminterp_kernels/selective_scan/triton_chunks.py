@@ -252,9 +252,9 @@ def state_before_chunk(
     return state
 
 
-@triton.jit(do_not_specialize=["n_flags"])
+@triton.jit(do_not_specialize=["count"])
 @no_type_check
-def clear_flags_kernel(flags, n_flags, BLOCK: tl.constexpr):
-    """So that nobody has announced anything."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(flags + i, tl.zeros((BLOCK,), tl.int32), mask=i < n_flags)
+def clear_kernel(numbers, count, BLOCK: tl.constexpr):
+    """Zeros: nobody has announced anything yet, nothing has been added up."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(numbers + i, tl.zeros((BLOCK,), numbers.dtype.element_ty), mask=i < count)

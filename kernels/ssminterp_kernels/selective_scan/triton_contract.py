@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ssminterp_kernels.launching import launch, repeated
 from ssminterp_kernels.selective_scan.arguments import ScanArguments
+from ssminterp_kernels.selective_scan.triton_backward_plan import plan_chunks
 from ssminterp_kernels.selective_scan.triton_math import (
     advance,
     channel_rows,
@@ -29,10 +30,9 @@ from ssminterp_kernels.selective_scan.triton_math import (
     tile,
     weight_rows,
 )
-from ssminterp_kernels.selective_scan.triton_plan import SEGMENT
+from ssminterp_kernels.selective_scan.triton_plan import processor_count
 from ssminterp_kernels.selective_scan.triton_scan import (
     ScanTensors,
-    backward_plan,
     futures_of_chunks,
     placement,
     scan_forward,
@@ -43,6 +43,7 @@ from ssminterp_kernels.selective_scan.triton_scan import (
     sum_parts,
 )
 
+SEGMENT = 32  # positions between the states that are saved
 BLOCK_T = 2  # positions whose differences of states are held in registers; more of them spill
 
 
@@ -193,7 +194,8 @@ def triton_contract(
     run_a, run_b = scan_tensors(a), scan_tensors(b)
     # A short sequence has one segment only, which begins with the initial state.
     begin_a, begin_b = (
-        scan_forward(run._replace(z=None), save=True)[3] if dy.shape[1] > SEGMENT else None for run in (run_a, run_b)
+        scan_forward(run._replace(z=None), save=True, every=SEGMENT)[3] if dy.shape[1] > SEGMENT else None
+        for run in (run_a, run_b)
     )
     of_a = (run_a.x, run_a.delta, run_a.B, run_a.initial_state)
     return _contract(*of_a, begin_a, begin_b, dy, dfinal_state, sum_d_inner, *run_b)
@@ -215,7 +217,8 @@ def _contract(
     run_b = ScanTensors(*of_b)
     batch, length, d_inner = dy.shape
     d_state = run_b.A.shape[1]
-    plan = backward_plan(run_b)
+    sizes = (batch, length, d_inner, d_state, run_b.B.shape[2])
+    plan = plan_chunks(*sizes, processor_count(dy.device), grain=SEGMENT)
     begin_a, begin_b = (
         strided_state(initial_state) if boundaries is None else strided(boundaries)
         for initial_state, boundaries in ((initial_state_a, boundaries_a), (run_b.initial_state, boundaries_b))

@@ -63,6 +63,7 @@ def scan_forward_kernel(
     locals_,
     ends,
     flags,
+    segments_chunk,
     batches,
     elements,
     length,
@@ -75,7 +76,7 @@ def scan_forward_kernel(
     NUMBERS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     RECORD_ALL: tl.constexpr,
-    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     PARTIAL: tl.constexpr,
     MASK_D: tl.constexpr,
     MASK_N: tl.constexpr,
@@ -93,8 +94,9 @@ def scan_forward_kernel(
 
     start: the initial state [batch, 1, d_inner, d_state], or None for zeros. edits: (positions,
     stride of batch, n_edits); keep, add: [batch, n_edits, d_inner, d_state]. recorded: (positions, n_recorded).
-    states: where recorded states go; boundaries: [batch, n_boundaries, d_inner, d_state], where the state before every
-    SEGMENT-th position goes; final_state: [batch, 1, d_inner, d_state]. POS: the strides of the position axes of x,
+    states: where recorded states go; boundaries: [batch, n_boundaries, d_inner, d_state], where the states before
+    the segments of the backward pass go: of every `segments_chunk` positions SEGMENTS (head, segment), see
+    `BackwardPlan`; final_state: [batch, 1, d_inner, d_state]. POS: the strides of the position axes of x,
     delta, z, B, C and y, as constants so that neighbouring positions cost no address arithmetic. NUMBERS: whether keep
     and add are one number per edit. PARTIAL: some tile may hold less than UNROLL positions. SPARE: there are registers
     to spare, for the values of the next edit. TILE and what follows: see `Layouts`.
@@ -190,11 +192,16 @@ def scan_forward_kernel(
     while batch <= last_batch:
         # A tile of UNROLL positions from t on, or the fewer that are left before the next event or the end.
         end = tl.minimum(t + UNROLL, stop)
-        if SEGMENT:
-            if t % SEGMENT == 0:
-                store_spread(boundaries, batch, t // SEGMENT, d0, d_end, d_state, state, SPREAD)
+        if SEGMENTS is not None:
+            lead: tl.constexpr = SEGMENTS[1] - SEGMENTS[0]
+            t_led = t % segments_chunk + lead
+            if (t_led % SEGMENTS[1] == 0) | (t_led == lead):
+                boundary = t // segments_chunk * ((segments_chunk + lead + SEGMENTS[1] - 1) // SEGMENTS[1])
+                boundary += t_led // SEGMENTS[1]
+                store_spread(boundaries, batch, boundary, d0, d_end, d_state, state, SPREAD)
             if EVENTS:
-                end = tl.minimum(end, (t // SEGMENT + 1) * SEGMENT)
+                end = tl.minimum(end, t + SEGMENTS[1] - t_led % SEGMENTS[1])
+                end = tl.minimum(end, t + segments_chunk + lead - t_led)
         if edits is not None:
             end = tl.minimum(end, next_edit + 1)
         if recorded is not None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ssminterp_kernels.selective_scan import triton_scan
-from ssminterp_kernels.selective_scan.triton_plan import SEGMENT
 
 _INPUTS = (
     "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? initial_state, "
@@ -41,8 +40,9 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if s.record_all or s.recorded is not None:
         n_recorded = length if s.recorded is None else s.recorded.shape[0]
         states = triton_scan.new_states(s, batch, n_recorded, dtype=s.states_dtype)
-    if save and length > SEGMENT:
-        boundaries = triton_scan.new_states(s, batch, -(-length // SEGMENT))
+    n_boundaries = triton_scan.backward_plan(s).boundaries if save else 0
+    if n_boundaries:
+        boundaries = triton_scan.new_states(s, batch, n_boundaries)
     final_state = triton_scan.new_states(s, batch)
     return torch.empty_like(s.x), _or_empty(states, s), final_state, _or_empty(boundaries, s)
 

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-REGISTERS_BACKWARD = 168  # of a thread: what 12 warps on a multiprocessor leave each
 WARPS_FORWARD = 12  # on a multiprocessor at once, at 168 registers a thread
-WARPS_BACKWARD = 12
-SEGMENT = 32  # positions between the states that the forward pass leaves for the backward pass: 3 % of all states
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ def plan_scan(
     # At least a warp's width even of fewer channels: on tiles of a few half-precision numbers Triton's compiler fails.
     block_d = max(32, min(widest_block, _next_power_of_2(group_size)))
     num_warps = max(1, min(8, block_n // 32)) * (block_d // 32)
-    n_blocks = n_groups * _ceil_div(group_size, block_d)
+    n_blocks = n_groups * ceil_div(group_size, block_d)
     warps_in_one_pass = batch * n_blocks * num_warps
     chunks = 1
     if warps_in_one_pass < enough_warps * n_processors:
@@ -70,8 +67,8 @@ def plan_scan(
     if chunks <= 2:
         chunks = 1
     unroll = min(unroll, 1 << (length.bit_length() - 1))  # a tile of positions fits into the sequence
-    chunk_length = _ceil_div(_ceil_div(length, chunks), unroll) * unroll
-    n_chunks = _ceil_div(length, chunk_length)
+    chunk_length = ceil_div(ceil_div(length, chunks), unroll) * unroll
+    n_chunks = ceil_div(length, chunk_length)
     max_registers = None
     if block_n <= 16:
         # Told a limit, the compiler uses all of it to overlap positions; else it guards an occupancy that does not pay.
@@ -97,28 +94,10 @@ def _elements_of_a_program(batch: int, n_blocks: int, slots: int, length: int) -
     to_begin = 8
 
     def cost(elements: int) -> float:
-        waves = max(1.0, _ceil_div(batch, elements) * n_blocks / slots)
+        waves = max(1.0, ceil_div(batch, elements) * n_blocks / slots)
         return waves * (elements * length + to_begin)
 
     return min(range(1, max(1, min(batch, 64 // length)) + 1), key=cost)
-
-
-@functools.lru_cache(maxsize=1024)
-def plan_backward(
-    batch: int, length: int, d_inner: int, d_state: int, n_groups: int, n_processors: int, unroll: int
-) -> Plan:
-    """Chunks of the length that should be quickest, by what was measured on an H200 (`_cost_of_chunks`)."""
-    plan = plan_scan(batch, length, d_inner, d_state, n_groups, n_processors, unroll, enough_warps=0, warps_wanted=0)
-    warps = plan.programs(batch) * plan.num_warps
-    lengths = {_ceil_div(_ceil_div(length, n), SEGMENT) * SEGMENT for n in range(1, 129)}
-    slots = WARPS_BACKWARD * n_processors
-    chunk_length = min(sorted(lengths, reverse=True), key=lambda each: _cost_of_chunks(warps, length, each, slots))
-    return dataclasses.replace(
-        plan,
-        max_registers=REGISTERS_BACKWARD if plan.block_n <= 16 else None,
-        chunk_length=chunk_length,
-        n_chunks=_ceil_div(length, chunk_length),
-    )
 
 
 def for_trajectories(plan: Plan) -> Plan:
@@ -131,21 +110,7 @@ def for_trajectories(plan: Plan) -> Plan:
     return dataclasses.replace(plan, per_thread=per_thread, num_warps=num_warps, max_registers=None)
 
 
-def _cost_of_chunks(warps: int, length: int, chunk_length: int, slots: int) -> float:
-    """The backward pass's time in positions of a full GPU: waves of programs, and the pass that summarises chunks.
-
-    A wave that fills a share of the slots takes a third of a full one's time and as much of the rest as its share. To
-    begin a chunk costs what 3 positions do; summarising, a fifth of the pass itself; a short last chunk counts half.
-    """
-    chunks = (_ceil_div(length, chunk_length) + length / chunk_length) / 2
-    waves = warps * chunks / slots
-    whole = int(waves)
-    rest = waves - whole
-    busy = whole + (1 + 2 * rest) / 3 * (rest > 0)
-    return (chunk_length + 3) * busy * (1 if chunk_length >= length else 1.2)
-
-
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 

@@ -15,19 +15,16 @@ from ssminterp_kernels.launching import launch, repeated, zeros
 from ssminterp_kernels.selective_scan.arguments import ScanArguments
 from ssminterp_kernels.selective_scan.triton_adjoint import combine_chunks_kernel, scan_adjoint_kernel
 from ssminterp_kernels.selective_scan.triton_backward import scan_backward_kernel, sum_parts_kernel
-from ssminterp_kernels.selective_scan.triton_chunks import clear_flags_kernel
+from ssminterp_kernels.selective_scan.triton_backward_plan import BackwardPlan, plan_backward
+from ssminterp_kernels.selective_scan.triton_chunks import clear_kernel
 from ssminterp_kernels.selective_scan.triton_forward import scan_forward_kernel
 from ssminterp_kernels.selective_scan.triton_layouts import forward_layouts_of, layouts_of, parts_of
 from ssminterp_kernels.selective_scan.triton_plan import (
-    SEGMENT,
     Plan,
     for_trajectories,
-    plan_backward,
     plan_scan,
     processor_count,
 )
-
-BLOCK_T = 4  # positions whose states the backward pass holds in shared memory
 
 
 class ScanTensors(NamedTuple):
@@ -153,11 +150,13 @@ def forward_plan(s: ScanTensors) -> Plan:
     return for_trajectories(plan) if s.record_all else plan
 
 
-def backward_plan(s: ScanTensors) -> Plan:
-    """How the backward pass covers s."""
-    batch, length, d_inner = s.x.shape
-    sizes = (batch, length, d_inner, s.A.shape[1], s.B.shape[2], processor_count(s.x.device))
-    return plan_backward(*sizes, unroll=8)
+def backward_plan(s: ScanTensors) -> BackwardPlan:
+    """How the backward pass covers s, and which states the forward pass saves for it."""
+    # Sizes that a compiler follows as symbols become those of this call.
+    batch, length, d_inner = map(int, s.x.shape)
+    d_state, n_groups = int(s.A.shape[1]), 1 if s.B.dim() == 3 else int(s.B.shape[2])
+    sizes = (batch, length, d_inner, d_state, n_groups, processor_count(s.x.device))
+    return plan_backward(*sizes, s.x.dtype.itemsize, 2 if s.z is None else 3)
 
 
 def adjoint_plan(s: ScanTensors) -> Plan:
@@ -196,18 +195,20 @@ def _combine(decays: Tensor, locals_: Tensor, start: Tensor | None, backward: bo
     )
 
 
-def scan_forward(s: ScanTensors, save: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """y, states, final_state, and if save is set the state before every SEGMENT-th position.
+def scan_forward(
+    s: ScanTensors, save: bool, every: int | None = None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """y, states, final_state, and if save is set the states before the segments of the backward pass.
 
-    The last is [batch, n_segments, d_inner, d_state]; None if there is one segment only, which begins with the initial
-    state.
+    The last are [batch, n_segments, d_inner, d_state]; None if there is one segment only, which begins with the initial
+    state. every: segments of that many positions (a multiple of 8) instead.
     """
-    return _forward(*s, save)
+    return _forward(*s, save, every)
 
 
 @repeated
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    *fields, save = arguments
+    *fields, save, every = arguments
     s = _grouped(ScanTensors(*fields))
     batch, length, _ = s.x.shape
     d_state = s.A.shape[1]
@@ -218,16 +219,23 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
     if s.record_all or s.recorded is not None:
         states = new_states(s, batch, n_recorded, dtype=s.states_dtype)
     final_state = new_states(s, batch)
-    boundaries = None
-    if save and length > SEGMENT:
-        boundaries = new_states(s, batch, -(-length // SEGMENT))
+    boundaries = segments = None
+    segments_chunk = length
+    if save:
+        backward = backward_plan(s)
+        segments, n_boundaries = (backward.head, backward.segment), backward.boundaries
+        segments_chunk = backward.chunk_length
+        if every is not None:
+            segments, n_boundaries = (every, every), -(-length // every)
+            segments_chunk = n_boundaries * every
+        boundaries = new_states(s, batch, n_boundaries) if n_boundaries > 1 else None
     recorded = position_table(s.recorded) if n_recorded else None
     start = s.initial_state if s.initial_state is None else s.initial_state.unsqueeze(1)
     decays = locals_ = ends = flags = None
     if plan.is_chunked:
         decays, locals_, ends = (new_states(s, batch, plan.n_chunks) for _ in range(3))
         flags = torch.empty(2 * plan.programs(batch), dtype=torch.int32, device=s.x.device)
-        launch(clear_flags_kernel, (-(-flags.shape[0] // 1024),), flags, flags.shape[0], BLOCK=1024, num_warps=4)
+        launch(clear_kernel, (-(-flags.shape[0] // 1024),), flags, flags.shape[0], BLOCK=1024, num_warps=4)
     tensors = (s.x, s.delta, s.z, s.A, s.B, s.C, s.D, s.bias, start)
     launch(
         scan_forward_kernel,
@@ -235,13 +243,13 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
         *(strided(tensor) for tensor in tensors),
         *(edit_table(s.edits), strided(s.keep), strided(s.add), recorded),
         *(strided(y), strided(states), strided(boundaries), strided_state(final_state)),
-        *(strided(decays), strided(locals_), strided(ends), flags),
+        *(strided(decays), strided(locals_), strided(ends), flags, segments_chunk),
         *(batch, plan.elements, *placement(plan, length), d_state),
         POS=strides_of_pos(s.x, s.delta, s.z, s.B, s.C, y),
         NUMBERS=(_is_number(s.keep), _is_number(s.add)),
         SOFTPLUS=s.softplus,
         RECORD_ALL=s.record_all,
-        SEGMENT=SEGMENT if boundaries is not None else 0,
+        SEGMENTS=None if boundaries is None else segments,
         PARTIAL=s.edits is not None or s.recorded is not None or length % plan.unroll != 0,
         SPARE=plan.max_registers == 255,
         **_tile_options(plan, d_state),
@@ -302,19 +310,23 @@ def _backward(*arguments: Any) -> tuple[Tensor | None, ...]:
     dkeep = dadd = None
     if s.edits is not None:
         dkeep, dadd = (new_states(s, batch, s.edits.shape[1]) for _ in range(2))
-    dweights = new(2, batch, length, plan.n_blocks, d_state)
-    dchannels = new(batch, plan.n_chunks, (d_state + 2) * d_inner)
+    n_sums = n_groups * plan.paired_blocks
+    dweights = new(2, batch, length, n_sums, d_state)
+    dchannels = new(batch, plan.n_chunks, 2, d_inner)
     dstart = None if s.initial_state is None else new_states(s, batch)
-    block_t = BLOCK_T if plan.block_n <= 32 else 2
-    layouts = layouts_of(plan.block_d, plan.block_n, block_t, plan.num_warps)
-    scratch = new(plan.programs(batch), SEGMENT // block_t - 2, plan.block_d, plan.block_n)
+    layouts = layouts_of(plan.block_d, plan.block_n, plan.block_t, plan.num_warps)
+    large = [tensor for tensor in (dx, ddelta, dz) if tensor is not None]
+    if not _hold_rows_of_states(large):
+        plan = plan.with_own_planes()
+    kept = new(plan.planes, batch * plan.n_chunks, d_inner, d_state)
+    masks = _masks(plan, d_state)
     edits, keep, add, recorded = edit_table(s.edits), strided(s.keep), strided(s.add), position_table(s.recorded)
     tiles = {"BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "num_warps": plan.num_warps}
     future = strided_state(dfinal)
     if plan.is_chunked:
-        future = strided(futures_of_chunks(s, plan, dy, dstates, dfinal))
+        future = strided(futures_of_chunks(s, plan, dy, dstates, dfinal, kept[0], dweights))
+    launch(clear_kernel, (-(-dweights.numel() // 4096),), dweights, dweights.numel(), BLOCK=4096, num_warps=4)
     begin = strided(boundaries) if boundaries is not None else strided_state(s.initial_state)
-    masks = _masks(plan, d_state)
     launch(
         scan_backward_kernel,
         (plan.programs(batch),),
@@ -330,29 +342,43 @@ def _backward(*arguments: Any) -> tuple[Tensor | None, ...]:
             begin,
         ),
         *(edits, keep, add, recorded, strided(dy), strided(dstates), future, strided(dx), strided(ddelta), strided(dz)),
-        *((dweights,), (dchannels,), strided(dkeep), strided(dadd), strided_state(dstart), (scratch,)),
+        *((dweights,), (dchannels,), strided(dkeep), strided(dadd), strided_state(dstart), strided(kept)),
         *(*placement(plan, length), d_inner, d_state),
-        POS=(*strides_of_pos(s.x, s.delta, s.z, s.B, s.C, dy, dx, ddelta, dz), plan.n_blocks * d_state),
+        POS=(*strides_of_pos(s.x, s.delta, s.z, s.B, s.C, dy, dx, ddelta, dz), n_sums * d_state),
         SOFTPLUS=s.softplus,
-        SEGMENT=SEGMENT,
-        MASK=length % block_t != 0 or masks["MASK_D"],
+        HEAD=plan.head,
+        SEGMENT=plan.segment,
+        MASK=length % plan.block_t != 0 or masks["MASK_D"],
+        PLANES=plan.planes,
+        OUTPUTS=plan.outputs,
         MASK_N=masks["MASK_N"],
-        BLOCK_T=block_t,
+        BLOCK_T=plan.block_t,
         PARTS=parts_of(plan.block_d, plan.block_n, plan.num_warps),
         **tiles,
         **{name.upper(): layout for name, layout in layouts._asdict().items()},
         maxnreg=plan.max_registers,
     )
-    dBC = sum_parts(dweights, 2 * batch * length * n_groups, plan.n_blocks // n_groups, d_state, s.B.dtype)
+    dBC = sum_parts(dweights, 2 * batch * length * n_groups, n_sums // n_groups, d_state, s.B.dtype)
     dB, dC = dBC.view(2, batch, length, n_groups, d_state)
     dA = dD = dbias = None
     if of_channels:
-        sums = sum_parts(dchannels, 1, batch * plan.n_chunks, (d_state + 2) * d_inner, torch.float32)
-        dA, dD, dbias = sums.view(-1).split((d_inner * d_state, d_inner, d_inner))
-        dA = dA.view(d_inner, d_state)
+        dA = sum_parts(kept[0], 1, batch * plan.n_chunks, d_state * d_inner, torch.float32).view(d_inner, d_state)
+        sums = sum_parts(dchannels, 1, batch * plan.n_chunks, 2 * d_inner, torch.float32)
+        dD, dbias = sums.view(-1).split((d_inner, d_inner))
         dD, dbias = None if s.D is None else dD, None if s.bias is None else dbias
     dB, dC = dB.view(given.B.shape), dC.view(given.C.shape)
     return dx, ddelta, dA, dB, dC, dD, dz, dbias, dstart, None, dkeep, dadd, None
+
+
+def _hold_rows_of_states(outputs: list[Tensor]) -> bool:
+    """Whether states can be kept in rows of these outputs: 16 bytes at a time, in the same places of each."""
+    strides, itemsize = outputs[0].stride(), outputs[0].itemsize
+    return strides[2] == 1 and all(
+        each.dtype == outputs[0].dtype
+        and each.stride() == strides
+        and each.data_ptr() % 16 == each.stride(0) * itemsize % 16 == each.stride(1) * itemsize % 16 == 0
+        for each in outputs
+    )
 
 
 def triton_adjoints(arguments: ScanArguments) -> Float[Tensor, "batch n_positions d_inner d_state"]:
@@ -408,12 +434,28 @@ def _tile_options(plan: Plan, d_state: int) -> Mapping[str, Any]:
     }
 
 
-def futures_of_chunks(s: ScanTensors, plan: Plan, dy: Tensor, dstates: Tensor | None, dfinal: Tensor | None) -> Tensor:
-    """dLoss/d(state after each chunk) from what comes after the chunk, [batch, n_chunks, d_inner, d_state]."""
+def futures_of_chunks(
+    s: ScanTensors,
+    plan: Plan,
+    dy: Tensor,
+    dstates: Tensor | None,
+    dfinal: Tensor | None,
+    futures: Tensor | None = None,
+    spare: Tensor | None = None,
+) -> Tensor:
+    """dLoss/d(state after each chunk) from what comes after the chunk, [batch, n_chunks, d_inner, d_state].
+
+    futures: where they shall be, of as many numbers. spare: memory that may be written meanwhile.
+    """
     batch = s.x.shape[0]
     if s.recorded is not None and s.recorded.shape[0] == 0:
         dstates = None
-    decays, futures = (new_states(s, batch, plan.n_chunks) for _ in range(2))
+    shape = (batch, plan.n_chunks, *s.A.shape)
+    futures = new_states(s, *shape[:2]) if futures is None else futures.view(shape)
+    if spare is None or spare.numel() < futures.numel():
+        decays = new_states(s, *shape[:2])
+    else:
+        decays = spare.view(-1)[: futures.numel()].view(shape)
     events = s.edits is not None or (dstates is not None and s.recorded is not None)
     options = _adjoint_options(s, plan, dy, events) | {"n_chunks": plan.n_chunks - 1}
     launch(

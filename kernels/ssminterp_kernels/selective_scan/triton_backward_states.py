@@ -1,0 +1,129 @@
+"""The states that the backward scan begins with, replays, and keeps until it comes back to them.
+
+Kept are those before the inner blocks of a segment. Only PLANES of them have memory of their own. The others lie in
+rows of the gradients as large as x, where those of the segment and of HEAD positions before it are yet to come
+(`triton_backward_plan` sees to it that each state is used before it is overwritten).
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import triton.language as tl
+
+from ssminterp_kernels.selective_scan.triton_layouts import full_tile, jit
+from ssminterp_kernels.selective_scan.triton_loads import load_tile, position_or_never, tile_at
+
+
+@jit
+@no_type_check
+def replayed(state, A2, step, inflow, B, t, edit, edits, edits_here, keep, add, place):
+    """The state after position t, edited if its edit is the next, and the number of the next edit.
+
+    inflow: Δ x. place: batch, d, n and which of the tile are there.
+    """
+    batch, d, n, tile_there = place
+    state = tl.exp2(step[:, None] * A2) * state
+    state += inflow[:, None] * B
+    if edits is not None:
+        if position_or_never(edits_here, edit, edits[2]) == t:
+            state = state * load_tile(keep, batch, edit, d, n, tile_there)
+            state += load_tile(add, batch, edit, d, n, tile_there)
+            edit += 1
+    return state, edit
+
+
+@jit
+@no_type_check
+def boundary_state(boundaries, segment, place, TILE: tl.constexpr):
+    """The state before a segment; place: see `replayed`."""
+    batch, d, n, tile_there = place
+    if boundaries is None:
+        state = full_tile(0.0, tile_there.shape[0], tile_there.shape[1], TILE)
+    else:
+        state = load_tile(boundaries, batch, segment, d, n, tile_there)
+    return state
+
+
+@jit
+@no_type_check
+def _place_in_rows(
+    i, rows, n, BLOCK_D: tl.constexpr, OUTPUTS: tl.constexpr, STRIDE: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """Pointers [BLOCK_D, BLOCK_N] to the i-th of the states that lie in rows of the outputs.
+
+    rows: the tile's channels, the position from which on rows are used, three pointers to position 0: of OUTPUTS
+    outputs, whose positions are STRIDE apart. BLOCK_T rows of one output hold a piece of a state: some of its channels,
+    16 numbers of each. Pieces lie in the first output, the second, the third, then in the next rows of the first.
+    """
+    channel, begin = rows[0], rows[1]
+    PIECES: tl.constexpr = 16 * 32 // (BLOCK_T * rows[2].dtype.element_ty.primitive_bitwidth)
+    WIDTH: tl.constexpr = BLOCK_D // PIECES  # channels of a piece
+    IN_ROW: tl.constexpr = WIDTH // BLOCK_T
+    first = ()  # where the first piece lies, the second and the third
+    for k in tl.static_range(OUTPUTS):
+        number = i * PIECES + k
+        output = number % OUTPUTS
+        start = tl.where(output == 0, rows[2], tl.where(output == 1, rows[3], rows[4]))
+        first = first + (start + tl.cast(begin + number // OUTPUTS * BLOCK_T, tl.int64) * STRIDE,)
+    piece = channel // WIDTH
+    among = channel % WIDTH
+    at = first[0] + channel * 0
+    for k in tl.static_range(1, PIECES):
+        at = tl.where(piece == k, first[k % OUTPUTS] + k // OUTPUTS * BLOCK_T * STRIDE, at)
+    at = (at + among // IN_ROW * STRIDE).to(tl.pointer_type(tl.float32), bitcast=True)
+    return (at + among % IN_ROW * 16)[:, None] + n[None, :]
+
+
+@jit
+@no_type_check
+def keep_state(
+    k,
+    state,
+    kept,
+    own,
+    place,
+    rows,
+    PLANES: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Keep the k-th state of a segment.
+
+    kept: memory [PLANES, programs, d_inner, d_state], of which item `own` is this program's. place: see `replayed`;
+    rows and what belongs to them: see `_place_in_rows`.
+    """
+    d, n, tile_there = place[1], place[2], place[3]
+    if OUTPUTS == 0:
+        tl.store(tile_at(kept, tl.cast(k, tl.int64), own, d, n), state, mask=tile_there)
+    else:
+        if k < PLANES:
+            tl.store(tile_at(kept, tl.cast(k, tl.int64), own, d, n), state, mask=tile_there)
+        else:
+            tl.store(_place_in_rows(k - PLANES, rows, n, tile_there.shape[0], OUTPUTS, STRIDE, BLOCK_T), state)
+
+
+@jit
+@no_type_check
+def kept_state(
+    k,
+    kept,
+    own,
+    place,
+    rows,
+    PLANES: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """What was kept by `keep_state`."""
+    d, n, tile_there = place[1], place[2], place[3]
+    if OUTPUTS == 0:
+        state = load_tile(kept, tl.cast(k, tl.int64), own, d, n, tile_there)
+    else:
+        if k < PLANES:
+            state = load_tile(kept, tl.cast(k, tl.int64), own, d, n, tile_there)
+        else:
+            state = tl.load(_place_in_rows(k - PLANES, rows, n, tile_there.shape[0], OUTPUTS, STRIDE, BLOCK_T))
+    return state
