@@ -71,9 +71,16 @@ def test_every_kept_state_is_still_there_when_it_is_used(drawn: tuple[BackwardPl
                 """Where the k-th state of a segment lies."""
                 if k < plan.planes:
                     return [k]
-                per_state = 16 // itemsize
-                numbers = range((k - plan.planes) * per_state, (k - plan.planes + 1) * per_state)
-                return [(i % plan.outputs, rows_from + i // plan.outputs * plan.block_t) for i in numbers]
+                i, rows = k - plan.planes, 16 // itemsize  # rows of one output, that hold a quarter of a state
+                if plan.outputs == 2:
+                    quarters = [(q % 2, 2 * i + q // 2) for q in range(4)]
+                else:
+                    quarters = [*((q, i + i // 3 + 1) for q in range(3)), (i % 3, i // 3 * 4)]
+                return [
+                    (output, rows_from + rows * number + at)
+                    for output, number in quarters
+                    for at in range(0, rows, plan.block_t)
+                ]
 
             blocks = -(-(end - begin) // plan.block_t)
             for k in range(blocks - 2):

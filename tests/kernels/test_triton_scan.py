@@ -51,7 +51,7 @@ SMALL_CASES = (
     ),
     # whole blocks of channels: the backward pass keeps states in rows of the gradients, and its programs are in pairs
     ScanCase(length=35, batch=1, d_inner=64, d_state=16, edit_positions=(20,), states=(7,)),
-    ScanCase(length=20, batch=1, d_inner=96, d_state=15, optional=("D",), states=None, dtype=F16),
+    ScanCase(length=20, batch=1, d_inner=96, d_state=16, optional=("D",), states=None, dtype=F16),
     # d_state and strides that the kernels read 16 bytes at a time; edits alone, in pairs and at the end of a block
     ScanCase(length=18, d_inner=3, d_state=16, edit_positions=((0, 1, 15), (7, 8, 17)), states=(0, 9, 10)),
 )

@@ -209,7 +209,7 @@ def scan_backward_kernel(
         segment = n_segments - 1 - back
         begin = tl.maximum(first + segment * SEGMENT - (SEGMENT - HEAD), first)
         end = tl.minimum(first + (segment + 1) * SEGMENT - (SEGMENT - HEAD), stop)
-        rows = (channel, tl.maximum(begin - HEAD, first), dx_start, ddelta_start, dz_start)
+        rows = (d0, channel, tl.maximum(begin - HEAD, first), dx_start, ddelta_start, dz_start)
         n_pieces = (end - begin + BLOCK_T - 1) // BLOCK_T
         state = boundary_state(boundaries, first_segment + segment, place, TILE)
         x_next = load_rows(x, x_start, lane, begin, begin, end, there, POS[0], BLOCK_T, MASK)
@@ -217,7 +217,7 @@ def scan_backward_kernel(
         B_block = load_weights(B_rows, begin, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
         for piece in range(1, n_pieces):
             if piece > 1:
-                keep_state(piece - 2, state, kept, own, place, rows, PLANES, OUTPUTS, POS[6], BLOCK_T)
+                keep_state(piece - 2, state, kept, own, place, rows, PLANES, OUTPUTS, POS[6])
             t0 = begin + (piece - 1) * BLOCK_T
             x_here = x_next
             delta_here = delta_next
@@ -338,7 +338,7 @@ def scan_backward_kernel(
                 put_over_states(over_states[BLOCK_T + u], through_A * A2, PARTS[0])
                 dA += through_A * step[:, None]
             if piece > 1:
-                before = kept_state(piece - 2, kept, own, place, rows, PLANES, OUTPUTS, POS[6], BLOCK_T)
+                before = kept_state(piece - 2, kept, own, place, rows, PLANES, OUTPUTS, POS[6])
             else:
                 before = boundary_state(boundaries, first_segment + segment, place, TILE)
             for v in tl.static_range(BLOCK_T):

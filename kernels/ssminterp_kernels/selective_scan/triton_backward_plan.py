@@ -54,7 +54,7 @@ class BackwardPlan(Plan):
 
     def with_own_planes(self) -> BackwardPlan:
         """The same for outputs in whose rows no states can lie."""
-        return dataclasses.replace(self, outputs=0, planes=_planes(dataclasses.replace(self, outputs=0), 1))
+        return dataclasses.replace(self, outputs=0, planes=_planes(dataclasses.replace(self, outputs=0)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -97,8 +97,8 @@ def plan_backward(
     plan = plan_chunks(batch, length, d_inner, d_state, n_groups, n_processors, wide)
     fields = {field.name: getattr(plan, field.name) for field in dataclasses.fields(Plan)}
     chunk_length, n_chunks = plan.chunk_length, plan.n_chunks
-    # A tile of states has room in rows of whole blocks only if nothing of it is masked.
-    if plan.block_n != 16 or plan.group_size % plan.block_d:
+    # A state has room in rows of whole blocks only if nothing of it is masked.
+    if d_state != 16 or plan.group_size % plan.block_d:
         outputs = 0
     block_t = 4 if plan.block_n <= 32 else 2
     options = []
@@ -107,7 +107,7 @@ def plan_backward(
         boundaries += _segments(length - (n_chunks - 1) * chunk_length, head, segment)
         cut = {"block_t": block_t, "head": head, "segment": segment, "boundaries": boundaries if boundaries > 1 else 0}
         option = BackwardPlan(**fields, **cut, planes=0, outputs=outputs)
-        options.append(dataclasses.replace(option, planes=_planes(option, 16 // itemsize)))
+        options.append(dataclasses.replace(option, planes=_planes(option, 16 // itemsize // block_t)))
     return min(options, key=lambda each: (each.boundaries + n_chunks * each.planes, each.segment))
 
 
@@ -123,23 +123,31 @@ def _segments(chunk_length: int, head: int, segment: int) -> int:
     return 1 + ceil_div(max(0, chunk_length - head), segment)
 
 
-def _planes(plan: BackwardPlan, pieces: int) -> int:
+def _planes(plan: BackwardPlan, blocks_of_quarter: int = 1) -> int:
     """How many of the states before a segment's inner blocks do not fit into rows of the outputs; at least one, whose
     memory dA takes in the end.
 
     Before block b of a segment is walked, the outputs of all blocks after it may be written. So the states before
-    blocks 1 to b have the rows up to block b: of the segment, and of `head` positions before it. A state takes the rows
-    of `pieces` blocks of one output.
+    blocks 1 to b have the rows up to block b: of the segment, and of `head` positions before it. A quarter of a state
+    takes the rows of `blocks_of_quarter` blocks of one output.
     """
 
-    def missing(blocks: int, before: int) -> int:
-        return blocks - 2 - plan.outputs * (before + blocks - 1) // pieces
+    def suffice(planes: int, blocks: int, before: int) -> bool:
+        return all(
+            ceil_div(4 * (k + 1 - planes), plan.outputs) * blocks_of_quarter <= before + k + 2
+            for k in range(planes, blocks - 2)
+        )
 
     head_blocks = ceil_div(min(plan.head, plan.chunk_length), plan.block_t)
-    planes = missing(head_blocks, 0)
-    if plan.chunk_length > plan.head:
-        planes = max(planes, missing(ceil_div(plan.segment, plan.block_t), head_blocks))
-    return max(1, planes)
+    segment_blocks = ceil_div(plan.segment, plan.block_t) if plan.chunk_length > plan.head else 0
+    most = max(1, head_blocks - 2, segment_blocks - 2)
+    if plan.outputs == 0:
+        return most
+    return next(
+        planes
+        for planes in range(1, most + 1)
+        if suffice(planes, head_blocks, 0) and suffice(planes, segment_blocks, head_blocks)
+    )
 
 
 def _cost_of_chunks(warps: int, length: int, chunk_length: int, slots: int) -> float:

@@ -47,32 +47,41 @@ def boundary_state(boundaries, segment, place, TILE: tl.constexpr):
 
 @jit
 @no_type_check
-def _place_in_rows(
-    i, rows, n, BLOCK_D: tl.constexpr, OUTPUTS: tl.constexpr, STRIDE: tl.constexpr, BLOCK_T: tl.constexpr
-):
+def _place_in_rows(i, rows, n, BLOCK_D: tl.constexpr, OUTPUTS: tl.constexpr, STRIDE: tl.constexpr):
     """Pointers [BLOCK_D, BLOCK_N] to the i-th of the states that lie in rows of the outputs.
 
-    rows: the tile's channels, the position from which on rows are used, three pointers to position 0: of OUTPUTS
-    outputs, whose positions are STRIDE apart. BLOCK_T rows of one output hold a piece of a state: some of its channels,
-    16 numbers of each. Pieces lie in the first output, the second, the third, then in the next rows of the first.
+    rows: the first channel, the tile's channels from there, the position from which on rows are used, three pointers to
+    position 0: of OUTPUTS outputs, whose positions are STRIDE apart. A quarter of a state's channels (one of a thread's
+    4), 16 numbers each, fills ROWS rows of one output. Of 2 outputs a state takes 2 · ROWS rows. Of 3, three states
+    take 4 · ROWS: their last quarters, one in each output, then the rest of the first, of the second, of the third.
     """
-    channel, begin = rows[0], rows[1]
-    PIECES: tl.constexpr = 16 * 32 // (BLOCK_T * rows[2].dtype.element_ty.primitive_bitwidth)
-    WIDTH: tl.constexpr = BLOCK_D // PIECES  # channels of a piece
-    IN_ROW: tl.constexpr = WIDTH // BLOCK_T
-    first = ()  # where the first piece lies, the second and the third
-    for k in tl.static_range(OUTPUTS):
-        number = i * PIECES + k
-        output = number % OUTPUTS
-        start = tl.where(output == 0, rows[2], tl.where(output == 1, rows[3], rows[4]))
-        first = first + (start + tl.cast(begin + number // OUTPUTS * BLOCK_T, tl.int64) * STRIDE,)
-    piece = channel // WIDTH
+    channel, begin = rows[1], rows[2]
+    ROWS: tl.constexpr = 128 // rows[3].dtype.element_ty.primitive_bitwidth
+    WIDTH: tl.constexpr = BLOCK_D // 4  # channels of a quarter
+    IN_ROW: tl.constexpr = WIDTH // ROWS
+    if OUTPUTS == 2:
+        offset = tl.cast(begin + i * 2 * ROWS, tl.int64) * STRIDE
+        third = rows[3] + (offset + ROWS * STRIDE)
+        fourth = rows[4] + (offset + ROWS * STRIDE)
+    else:
+        offset = tl.cast(begin + (i + i // 3 + 1) * ROWS, tl.int64) * STRIDE
+        third = rows[5] + offset
+        fourth = tl.where(i % 3 == 0, rows[3], tl.where(i % 3 == 1, rows[4], rows[5]))
+        fourth += tl.cast(begin + i // 3 * 4 * ROWS, tl.int64) * STRIDE
+    quarter = channel // WIDTH
     among = channel % WIDTH
-    at = first[0] + channel * 0
-    for k in tl.static_range(1, PIECES):
-        at = tl.where(piece == k, first[k % OUTPUTS] + k // OUTPUTS * BLOCK_T * STRIDE, at)
+    half = tl.where(quarter == 0, rows[3] + offset, rows[4] + offset)
+    at = tl.where(quarter < 2, half, tl.where(quarter == 2, third, fourth))
     at = (at + among // IN_ROW * STRIDE).to(tl.pointer_type(tl.float32), bitcast=True)
     return (at + among % IN_ROW * 16)[:, None] + n[None, :]
+
+
+@jit
+@no_type_check
+def _place_in_plane(k, kept, own, rows, n, BLOCK_N: tl.constexpr):
+    """Pointers [BLOCK_D, BLOCK_N] to the k-th state of a program, whose numbers lie side by side."""
+    at = kept[0] + (tl.cast(k, tl.int64) * kept[1] + own * kept[2] + rows[0] * BLOCK_N)
+    return at + (rows[1][:, None] * BLOCK_N + n[None, :])
 
 
 @jit
@@ -87,7 +96,6 @@ def keep_state(
     PLANES: tl.constexpr,
     OUTPUTS: tl.constexpr,
     STRIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
 ):
     """Keep the k-th state of a segment.
 
@@ -99,9 +107,9 @@ def keep_state(
         tl.store(tile_at(kept, tl.cast(k, tl.int64), own, d, n), state, mask=tile_there)
     else:
         if k < PLANES:
-            tl.store(tile_at(kept, tl.cast(k, tl.int64), own, d, n), state, mask=tile_there)
+            tl.store(_place_in_plane(k, kept, own, rows, n, tile_there.shape[1]), state)
         else:
-            tl.store(_place_in_rows(k - PLANES, rows, n, tile_there.shape[0], OUTPUTS, STRIDE, BLOCK_T), state)
+            tl.store(_place_in_rows(k - PLANES, rows, n, tile_there.shape[0], OUTPUTS, STRIDE), state)
 
 
 @jit
@@ -115,7 +123,6 @@ def kept_state(
     PLANES: tl.constexpr,
     OUTPUTS: tl.constexpr,
     STRIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
 ):
     """What was kept by `keep_state`."""
     d, n, tile_there = place[1], place[2], place[3]
@@ -123,7 +130,7 @@ def kept_state(
         state = load_tile(kept, tl.cast(k, tl.int64), own, d, n, tile_there)
     else:
         if k < PLANES:
-            state = load_tile(kept, tl.cast(k, tl.int64), own, d, n, tile_there)
+            state = tl.load(_place_in_plane(k, kept, own, rows, n, tile_there.shape[1]))
         else:
-            state = tl.load(_place_in_rows(k - PLANES, rows, n, tile_there.shape[0], OUTPUTS, STRIDE, BLOCK_T))
+            state = tl.load(_place_in_rows(k - PLANES, rows, n, tile_there.shape[0], OUTPUTS, STRIDE))
     return state
