@@ -140,7 +140,7 @@ def _forward(task: AttributionTask) -> tuple[Float[Tensor, "two_batch pos d_mode
         torch.mm(room.dt[i], mixer.dt_proj.weight.t(), out=room.deltas[i])
         step = Step(room.delta[i], bias, softplus=True)
         whole = SelectiveScan(x, step, A, room.B[i], room.C[i], mixer.D, room.gate[i])
-        gated, _, _, boundaries = scan_forward(_tensors(whole), save=True)
+        gated, _, _, boundaries = scan_forward(_tensors(whole), save=True, batch=n)
         added = linear(mixer.out_proj, gated.view(-1, mixer.d_inner))
         if i + 1 < len(blocks):
             after = blocks[i + 1].norm

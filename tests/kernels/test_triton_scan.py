@@ -140,6 +140,30 @@ def test_chunks_equal_one_pass(chunk_length: int, monkeypatch: pytest.MonkeyPatc
         assert relative_error(chunks, one_pass) < 1e-5
 
 
+def test_backward_of_a_part_of_the_batch_needs_to_be_foreseen() -> None:
+    from ssminterp_kernels.selective_scan import triton_scan
+    from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
+
+    case = ScanCase(length=60, batch=2 if not HAS_GPU else 200, d_inner=2, d_state=2, states=None)
+    inputs = random_scan_inputs(case, device=DEVICE)
+    part = case.batch // 2
+    of_part = inputs | {
+        name: value[:part] for name, value in inputs.items() if name in ("x", "delta", "z", "B", "C", "initial_state")
+    }
+    whole, half = (triton_scan.scan_tensors(check_arguments(ScanArguments(**given))) for given in (inputs, of_part))
+    y, _, _, of_all = triton_scan.scan_forward(whole, save=True)
+    _, _, _, of_half = triton_scan.scan_forward(whole, save=True, batch=part)
+    expected = triton_scan.scan_backward(half, triton_scan.scan_forward(half, save=True)[3], y[:part], None, None)
+    assert of_all is not None
+    assert of_half is not None
+    ours = triton_scan.scan_backward(half, of_half[:part], y[:part], None, None)
+    for name, gradient in expected.items():
+        assert (gradient is None) == (ours[name] is None)
+        assert gradient is None or relative_error(ours[name], gradient) <= 1e-5, name
+    with pytest.raises(ValueError, match="tell scan_forward of the batch"):
+        triton_scan.scan_backward(half, of_all[:part, :-1], y[:part], None, None)
+
+
 def test_two_runs_are_equal_to_the_bit() -> None:
     case = ScanCase(length=300 if HAS_GPU else 9, d_inner=100 if HAS_GPU else 3, d_state=16)
     inputs = random_scan_inputs(case, device=DEVICE)

@@ -150,10 +150,11 @@ def forward_plan(s: ScanTensors) -> Plan:
     return for_trajectories(plan) if s.record_all else plan
 
 
-def backward_plan(s: ScanTensors) -> BackwardPlan:
-    """How the backward pass covers s, and which states the forward pass saves for it."""
+def backward_plan(s: ScanTensors, batch: int | None = None) -> BackwardPlan:
+    """How the backward pass covers s, or as many as `batch` of its elements, and which states are saved for it."""
     # Sizes that a compiler follows as symbols become those of this call.
-    batch, length, d_inner = map(int, s.x.shape)
+    elements, length, d_inner = map(int, s.x.shape)
+    batch = elements if batch is None else batch
     d_state, n_groups = int(s.A.shape[1]), 1 if s.B.dim() == 3 else int(s.B.shape[2])
     sizes = (batch, length, d_inner, d_state, n_groups, processor_count(s.x.device))
     return plan_backward(*sizes, s.x.dtype.itemsize, 2 if s.z is None else 3)
@@ -196,19 +197,20 @@ def _combine(decays: Tensor, locals_: Tensor, start: Tensor | None, backward: bo
 
 
 def scan_forward(
-    s: ScanTensors, save: bool, every: int | None = None
+    s: ScanTensors, save: bool, every: int | None = None, batch: int | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """y, states, final_state, and if save is set the states before the segments of the backward pass.
 
     The last are [batch, n_segments, d_inner, d_state]; None if there is one segment only, which begins with the initial
-    state. every: segments of that many positions (a multiple of 8) instead.
+    state. every: segments of that many positions (a multiple of 8) instead. batch: how many of the elements the
+    backward pass will see at once, if not all.
     """
-    return _forward(*s, save, every)
+    return _forward(*s, save, every, batch)
 
 
 @repeated
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    *fields, save, every = arguments
+    *fields, save, every, elements = arguments
     s = _grouped(ScanTensors(*fields))
     batch, length, _ = s.x.shape
     d_state = s.A.shape[1]
@@ -222,7 +224,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
     boundaries = segments = None
     segments_chunk = length
     if save:
-        backward = backward_plan(s)
+        backward = backward_plan(s, elements)
         segments, n_boundaries = (backward.head, backward.segment), backward.boundaries
         segments_chunk = backward.chunk_length
         if every is not None:
@@ -304,6 +306,12 @@ def _backward(*arguments: Any) -> tuple[Tensor | None, ...]:
     batch, length, d_inner = s.x.shape
     d_state, n_groups = s.A.shape[1], s.B.shape[2]
     plan = backward_plan(s)
+    n_saved = 0 if boundaries is None else boundaries.shape[1]
+    if n_saved != plan.boundaries:
+        raise ValueError(
+            f"the forward pass saved {n_saved} states of each of {batch} elements, and their backward pass needs "
+            f"{plan.boundaries}: tell scan_forward of the batch that it is for"
+        )
     new = functools.partial(torch.empty, dtype=torch.float32, device=s.x.device)
     dx, ddelta = torch.empty_like(s.x), torch.empty_like(s.delta)
     dz = None if s.z is None else torch.empty_like(s.z)
