@@ -57,8 +57,8 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> tuple[MambaForCausalLM, HookedMamba]:
     """A plain model with random weights and a hooked model of the same parameters."""
     torch.manual_seed(0)
-    plain = MambaForCausalLM(MambaConfig(**SHAPES[shape])).eval().to(device, dtype)
-    hooked = MambaForCausalLM(MambaConfig(**SHAPES[shape])).eval().to(device, dtype)
+    with device:
+        plain, hooked = (MambaForCausalLM(MambaConfig(**SHAPES[shape])).eval().to(dtype) for _ in range(2))
     hooked.load_state_dict(plain.state_dict())
     return plain, HookedMamba.from_hf(hooked, verify=False)
 

@@ -43,6 +43,8 @@ from ssminterp.patching.state_scans import examples_of_scan, scan_inputs, scan_s
 # Tensors of the recording's size that are alive at once: both runs' values or their difference, the zeros of the
 # states, and as much again for what the backward pass holds of a layer.
 COPIES = 4
+# By stages, of what the scans of all layers behind the lowest one take in: that of both runs, and as much for the rest.
+COPIES_BY_STAGES = 5
 
 # How many tokens a GPU computes, forwards and backwards, while they are launched: in float32, and in half precision.
 LAUNCHED_TOKENS = (512, 4096)
@@ -107,13 +109,12 @@ def attribution_patch(
     task = AttributionTask(sweep, *single_metric(metric), steps, reduce, by)
     found: dict[str, Tensor] = {}
     metrics: Baselines = {}
-    groups = _groups(task)
-    if len(groups) == 1 and _by_stages(task):
+    if _by_stages(task):
         from ssminterp.patching.attribution_stages import attribute_by_stages  # Triton may not be installed
 
-        metrics = attribute_by_stages(task, groups[0], found)
+        metrics = attribute_by_stages(task, rows, found)
     else:
-        for group in groups:
+        for group in _groups(task):
             metrics = _attribute(task, group, found)
     values = torch.stack([_on_cpu([found[spec.name(row)] for row in rows]) for spec in specs])
     _check_finite(values, specs)
@@ -153,10 +154,13 @@ def _attribute(task: AttributionTask, layers: Sequence[int], found: dict[str, Te
 def _by_stages(task: AttributionTask) -> bool:
     """Whether all that is asked for are states of a model that autograd is not needed for, which takes longer to ask
     than a GPU to compute."""
-    model = task.sweep.model
-    if [spec.short for spec in task.sweep.specs] != ["state"] or not _states_by_scan(task):
+    sweep, model = task.sweep, task.sweep.model
+    if [spec.short for spec in sweep.specs] != ["state"] or not _states_by_scan(task):
         return False
     if not all(point.is_idle for point in model.hook_points.values()):
+        return False
+    kept = scan_inputs(model, range(min(sweep.layers), model.cfg.n_layers))
+    if COPIES_BY_STAGES * recording_bytes(kept, model.cfg, sweep.batch, sweep.length) > free_bytes(model.device):
         return False
     from ssminterp.patching.attribution_stages import suits_stages  # Triton may not be installed
 

@@ -70,7 +70,8 @@ def attribute_by_stages(task: AttributionTask, layers: Sequence[int], found: dic
     Raises ValueError as `gradient_run` does for metrics.
     """
     with torch.inference_mode(False), torch.no_grad():
-        resid, passed = _forward(task)
+        lowest = min(layers)
+        resid, passed = _forward(task, lowest)
         (of_source, of_base), gradient = _metrics(task, resid)
         (spec,) = task.sweep.specs
         points = {layer: task.sweep.point(spec, layer) for layer in layers}
@@ -80,28 +81,26 @@ def attribute_by_stages(task: AttributionTask, layers: Sequence[int], found: dic
         )
         contraction = Contraction(task, source, base, found)
         gradient = gradient.float()
-        rounded = gradient.to(passed[0].block.norm.weight.dtype)
-        for layer in range(len(passed) - 1, min(layers) - 1, -1):
-            one = passed[layer]
+        rounded = gradient.to(passed[lowest].block.norm.weight.dtype)
+        for layer, one in reversed(passed.items()):
             dgated = (rounded @ one.block.mixer.out_proj.weight).view(one.in_x.shape)
             if layer in points:
                 contraction(points[layer], dgated)
-            if layer > min(layers):
+            if layer > lowest:
                 gradient, rounded = _backward(one, gradient, dgated)
         contraction.finish()
     return {"source": of_source, "base": of_base}
 
 
 class _Room:
-    """Where the products and residual streams of all layers of both runs stand, and views of it, layer by layer.
+    """Where the products and residual streams of some layers of both runs stand, and views of it, layer by layer.
 
     Views are made of all layers at once: one by one they would take as long as what is computed of them. `gate`, `B`,
     `C` and `delta` are [two_batch, pos, …]; `runs` has them of each layer's source and base run in turn.
     """
 
-    def __init__(self, task: AttributionTask, embeddings: Float[Tensor, "tokens d_model"]) -> None:
-        blocks = list(task.sweep.model.blocks)
-        mixer, n_layers = blocks[0].mixer, len(blocks)
+    def __init__(self, task: AttributionTask, embeddings: Float[Tensor, "tokens d_model"], n_layers: int) -> None:
+        mixer = task.sweep.model.blocks[0].mixer
         n, length, tokens = task.sweep.batch, task.sweep.length, len(embeddings)
         dtype, device = mixer.in_proj.weight.dtype, embeddings.device
         widths = (2 * mixer.d_inner, mixer.dt_rank + 2 * mixer.d_state, mixer.d_inner)
@@ -122,17 +121,20 @@ class _Room:
         self.resid, self.base_resid = resid.unbind(), resid[:, tokens // 2 :].unbind()
 
 
-def _forward(task: AttributionTask) -> tuple[Float[Tensor, "two_batch pos d_model"], list[_Layer]]:
-    """The residual stream of the source and the base runs behind the last layer, and what the layers leave."""
+def _forward(task: AttributionTask, lowest: int) -> tuple[Float[Tensor, "two_batch pos d_model"], dict[int, _Layer]]:
+    """The residual stream of the source and the base runs behind the last layer, and what layers leave from the lowest
+    on that the backward comes to; those below it use its room before it does."""
     model, n, length = task.sweep.model, task.sweep.batch, task.sweep.length
     blocks = list(model.blocks)
-    room = _Room(task, embedded(model, torch.cat([task.sweep.source, task.sweep.base]).flatten()))
+    embeddings = embedded(model, torch.cat([task.sweep.source, task.sweep.base]).flatten())
+    room = _Room(task, embeddings, len(blocks) - lowest)
     decays = every_A(model)
-    passed = []
-    normed = norm(room.resid[0], blocks[0].norm.weight, blocks[0].norm.variance_epsilon)
-    for i, block in enumerate(blocks):
+    passed = {}
+    normed = norm(embeddings, blocks[0].norm.weight, blocks[0].norm.variance_epsilon)
+    for layer, block in enumerate(blocks):
+        i, behind = max(layer - lowest, 0), max(layer + 1 - lowest, 0)
         mixer = block.mixer
-        decay, bias = decays[i], mixer.dt_proj.bias
+        decay, bias = decays[layer], mixer.dt_proj.bias
         A = mixer.A() if decay is None else decay
         _product(mixer.in_proj, normed, room.projected[i])
         x = conv_forward(room.in_x[i], mixer.conv1d.weight[:, 0], mixer.conv1d.bias, None, True)
@@ -142,11 +144,13 @@ def _forward(task: AttributionTask) -> tuple[Float[Tensor, "two_batch pos d_mode
         whole = SelectiveScan(x, step, A, room.B[i], room.C[i], mixer.D, room.gate[i])
         gated, _, _, boundaries = scan_forward(_tensors(whole), save=True, batch=n)
         added = linear(mixer.out_proj, gated.view(-1, mixer.d_inner))
-        if i + 1 < len(blocks):
-            after = blocks[i + 1].norm
-            normed = add_and_norm(room.resid[i], added, after.weight, after.variance_epsilon, room.resid[i + 1])
+        if layer + 1 < len(blocks):
+            after = blocks[layer + 1].norm
+            normed = add_and_norm(room.resid[i], added, after.weight, after.variance_epsilon, room.resid[behind])
         else:
-            torch.add(room.resid[i], added, out=room.resid[i + 1])
+            torch.add(room.resid[i], added, out=room.resid[behind])
+        if layer < lowest:
+            continue
         source, base = (
             SelectiveScan(x_of, Step(delta, bias, softplus=True), A, B, C, mixer.D, gate)
             for x_of, (_, delta, B, C, gate) in zip(
@@ -154,7 +158,7 @@ def _forward(task: AttributionTask) -> tuple[Float[Tensor, "two_batch pos d_mode
             )
         )
         kept = None if boundaries is None else boundaries[n:]
-        passed.append(_Layer(block, room.base_resid[i], room.runs[2 * i + 1][0], (source, base), kept))
+        passed[layer] = _Layer(block, room.base_resid[i], room.runs[2 * i + 1][0], (source, base), kept)
     return room.resid[-1].view(2 * n, length, -1), passed
 
 

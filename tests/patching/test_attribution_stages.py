@@ -113,3 +113,13 @@ def test_a_gpu_takes_it_by_itself(batch: int, length: int, monkeypatch: pytest.M
         got = attribution_patch(model, *tokens, "state", last_logit)
     expected = attribution_patch(model.cpu(), *(side.cpu() for side in tokens), "state", last_logit)
     assert_equal(got, expected, 1e-3)
+
+
+@pytest.mark.gpu
+def test_where_memory_is_short_autograd_goes_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hooked(hidden_size=64).cuda()
+    tokens = random_tokens(2, 16, seed=1).cuda(), random_tokens(2, 16, seed=2).cuda()
+    expected = attribution_patch(model, *tokens, "state", last_logit)
+    monkeypatch.setattr(attribution_module, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(attribution_stages, "attribute_by_stages", None)
+    assert_equal(attribution_patch(model, *tokens, "state", last_logit), expected)
