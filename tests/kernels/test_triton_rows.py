@@ -66,6 +66,16 @@ def test_conv_of_tokens_that_say_what_comes_before_them(dtype: torch.dtype, d_co
             assert_close(got[token], F.silu(conv) if silu else conv, TOLERANCE[dtype])
 
 
+def test_pointers_of_any_alignment(dtype: torch.dtype) -> None:
+    """A kernel that was compiled for multiples of 16 is none for others with the same strides."""
+    wide, taps = torch.randn(9, 96, device=DEVICE).to(dtype), torch.randn(1, 64, device=DEVICE).to(dtype)
+    earlier = torch.empty(9, 0, dtype=torch.int32, device=DEVICE)
+    for first in (0, 1, 16, 3):
+        inputs = wide[:, first : first + 64]
+        got = conv_tokens(inputs, earlier, 1, taps, None, silu=False)
+        assert_close(got, inputs.double() * taps.double(), TOLERANCE[dtype])
+
+
 def test_whole_rows(case: Rows, dtype: torch.dtype) -> None:
     own, gate = case.inputs(TILES, case.packing.tokens), case.draw(TILES, len(case.keep), case.case.d_inner)
     got = scan_rows(scan_of(case), own, None, None, gate)
