@@ -130,9 +130,32 @@ def test_peak_memory_is_a_twentieth_of_all_states(shape: tuple[int, int, int], m
     B, C = (empty(batch, length, 16) for _ in range(2))
     D, bias = (empty(d_inner) for _ in range(2))
     given_ = (x, delta, empty(d_inner, 16), B, C, D, z, bias, None, None, None, None, None, True, False, torch.float32)
-    final_state, boundaries = triton_scan._forward.__wrapped__(*given_, True, None)[2:]  # type: ignore[attr-defined]
+    final_state, boundaries = triton_scan._forward.__wrapped__(*given_, True, None, None)[2:]  # type: ignore[attr-defined]
     with Allocations() as allocations:
         gradients = triton_scan._backward.__wrapped__(*given_, boundaries, x, None, final_state, True)  # type: ignore[attr-defined]
     outputs = sum(gradient.nbytes for gradient in gradients if gradient is not None)
     extra = boundaries.nbytes + allocations.n_bytes - outputs
     assert 0.02 <= extra / (16 * x.nbytes) <= 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_memory_on_a_gpu_is_what_was_planned() -> None:
+    """When the kernels are first launched, and when the launches are repeated."""
+    batch, length, d_inner = SHAPES[0]
+    new = functools.partial(torch.randn, device="cuda")
+    x, delta, z = (new(batch, length, d_inner) for _ in range(3))
+    B, C = (new(batch, length, 16) for _ in range(2))
+    tensors = (x, delta, -new(d_inner, 16).exp(), B, C, new(d_inner), z, new(d_inner))
+    s = triton_scan.ScanTensors(*tensors, None, None, None, None, None, True, False, torch.float32)
+    _, _, final_state, boundaries = triton_scan.scan_forward(s, save=True)
+    assert boundaries is not None
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        gradients = triton_scan.scan_backward(s, boundaries, x, None, final_state)
+        outputs = torch.cuda.memory_allocated() - before
+        extra = boundaries.nbytes + torch.cuda.max_memory_allocated() - before - outputs
+        del gradients
+        assert 0.02 <= extra / (16 * x.nbytes) <= 0.05
