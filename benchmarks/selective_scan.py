@@ -79,6 +79,8 @@ def graph_ms(calls: list[Callable[[], Any]], replays: int = 20) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
+    # Capturing gives free memory back to the driver, and for some time after that a GPU is slower.
+    time.sleep(0.1)
     times = []
     for i in range(replays + 3):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

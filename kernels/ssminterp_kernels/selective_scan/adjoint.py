@@ -50,7 +50,7 @@ def adjoint_states(
         )
     )
     if choose_backend(arguments, backend) == "triton":
-        from ssminterp_kernels.selective_scan.triton_scan import triton_adjoints
+        from ssminterp_kernels.selective_scan.triton_adjoint_states import triton_adjoints
 
         with on_device_of(arguments.x):
             return triton_adjoints(arguments)

@@ -1,6 +1,7 @@
 """The scan of adjoints alone, backwards in time: it needs no states, so it costs what the forward scan costs.
 
-It summarises chunks for the backward scan of long thin shapes, and emits dLoss/dstate_t at chosen positions or all.
+It summarises chunks for the backward scan of long thin shapes, and emits dLoss/dstate_t at chosen positions; for all of
+them see `triton_adjoint_states`.
 
 As in `triton_forward`, positions are taken in tiles without branches. Going backwards, a tile stops at an edit and
 before a position whose adjoint is emitted or whose state has a gradient; what happens there happens between tiles.
@@ -23,114 +24,27 @@ from ssminterp_kernels.selective_scan.triton_layouts import (
     row_state_numbers,
     shared_rows,
     state_numbers,
-    take_column,
     take_row,
 )
 from ssminterp_kernels.selective_scan.triton_loads import count_before, load_row, load_tile
-from ssminterp_kernels.selective_scan.triton_math import LOG2E, sigmoid, step_size
+from ssminterp_kernels.selective_scan.triton_math import LOG2E, gated, step_size
 from ssminterp_kernels.selective_scan.triton_rows import (
-    load_block,
-    load_per_channel,
     load_rows,
     load_weight_row,
     load_weights,
+    position_before,
     store_spread,
 )
 
 
 @jit
 @no_type_check
-def _position(positions, i):
-    """The i-th of the positions, or -1; in 32 bits, which are one register."""
-    found = tl.load(positions + tl.maximum(i, 0)).to(tl.int32)
-    return tl.where(i >= 0, found, -1)
-
-
-@jit
-@no_type_check
-def _gated(dy_row, z_row, z):
-    """dLoss/d(y before the gate), float32."""
-    dy_row = dy_row.to(tl.float32)
-    if z is not None:
-        gate = z_row.to(tl.float32)
-        dy_row *= gate * sigmoid(gate)
-    return dy_row
-
-
-@jit
-@no_type_check
-def _rows_ahead(
-    delta,
-    dy,
-    z,
-    batch,
-    d0,
-    lane,
-    there,
-    across,
-    t,
-    POS: tl.constexpr,
-    EMIT_ALL: tl.constexpr,
-    MASK_D: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """delta, dy and z at UNROLL positions from t on: rows, or for `_emitted_tile` blocks."""
-    if EMIT_ALL:
-        u, lane, there = across
-        delta_rows = load_block(delta, batch, d0, t, u, lane, there, POS[0])
-        dy_rows = load_block(dy, batch, d0, t, u, lane, there, POS[1])
-        z_rows = load_block(z, batch, d0, t, u, lane, there, POS[3])
-    else:
-        delta_rows = load_rows(delta, batch, d0, lane, t, there, POS[0], MASK_D, UNROLL)
-        dy_rows = load_rows(dy, batch, d0, lane, t, there, POS[1], MASK_D, UNROLL)
-        z_rows = load_rows(z, batch, d0, lane, t, there, POS[3], MASK_D, UNROLL)
+def _rows_ahead(delta, dy, z, batch, d0, lane, there, t, POS: tl.constexpr, MASK_D: tl.constexpr, UNROLL: tl.constexpr):
+    """delta, dy and z at UNROLL positions from t on."""
+    delta_rows = load_rows(delta, batch, d0, lane, t, there, POS[0], MASK_D, UNROLL)
+    dy_rows = load_rows(dy, batch, d0, lane, t, there, POS[1], MASK_D, UNROLL)
+    z_rows = load_rows(z, batch, d0, lane, t, there, POS[3], MASK_D, UNROLL)
     return delta_rows, dy_rows, z_rows
-
-
-@jit
-@no_type_check
-def _emitted_tile(
-    carry,
-    A2,
-    bias_across,
-    blocks,
-    C_shared,
-    shared,
-    z,
-    adjoints,
-    place,
-    across,
-    window,
-    low,
-    top,
-    SOFTPLUS: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    UNROLL: tl.constexpr,
-    TILE: tl.constexpr,
-    SPREAD: tl.constexpr,
-):
-    """What goes on from the positions low..top of the UNROLL that begin at window, whose adjoints are written.
-
-    blocks: delta, dy and z [pos, channel]; shared: places of such blocks; place: batch, d0, d_end, d_state.
-    """
-    batch, d0, d_end, d_state = place
-    steps, gated = shared
-    step_block = step_size(blocks[0][0], bias_across[None, :], SOFTPLUS)
-    dy_block = _gated(blocks[1][0], blocks[2][0], z)
-    if PARTIAL:
-        inside = ((window + across[0] >= low) & (window + across[0] <= top))[:, None]
-        step_block = tl.where(inside, step_block, 0.0)
-        dy_block = tl.where(inside, dy_block, 0.0)
-    put(steps, step_block)
-    put(gated, dy_block)
-    for u in tl.static_range(UNROLL - 1, -1, -1):
-        d_shown = d_end
-        if PARTIAL:
-            d_shown = tl.where((window + u >= low) & (window + u <= top), d_end, 0)
-        adjoint = carry + take_row(C_shared, u, TILE) * take_column(gated, u, TILE)
-        store_spread(adjoints, batch, window + u, d0, d_shown, d_state, adjoint, SPREAD)
-        carry = tl.exp2(take_column(steps, u, TILE) * A2) * adjoint
-    return carry
 
 
 @jit(do_not_specialize=["length", "chunk_length", "n_chunks", "n_blocks", "group_size"])
@@ -167,7 +81,6 @@ def scan_adjoint_kernel(
     UNROLL: tl.constexpr,
     TILE: tl.constexpr,
     SPREAD: tl.constexpr,
-    BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
@@ -176,7 +89,7 @@ def scan_adjoint_kernel(
     If decays is given: future is None, and a chunk's effect on the adjoint after it goes to decays and locals_ [batch,
     chunks, d_inner, d_state], for all chunks but the first, which none precedes: n_chunks counts the others. Else
     dLoss/dstate_t goes to adjoints [batch, n_emitted, d_inner, d_state], at the positions emitted (positions,
-    n_emitted) or at all positions if that is None. POS: the strides of the position axes of delta, dy, C and z.
+    n_emitted). POS: the strides of the position axes of delta, dy, C and z.
     PARTIAL: some tile may hold less than UNROLL positions; MASK_D: some block has less than BLOCK_D channels; MASK_N:
     d_state is less than BLOCK_N.
     """
@@ -202,18 +115,6 @@ def scan_adjoint_kernel(
     row_n = row_state_numbers(BLOCK_N, ROWS)
     row_there = (row_n < d_state)[None, :] & (row_u >= 0)[:, None]
     C_shared = shared_rows(UNROLL, BLOCK_N, PLAIN)
-    # Where every adjoint is written the lanes of a channel share what is computed once for it: see `triton_tiles`.
-    EMIT_ALL: tl.constexpr = decays is None and emitted is None
-    across = (lane, lane, there)
-    bias_across = bias_row
-    shared = (C_shared, C_shared)
-    if EMIT_ALL:
-        lane_across = row_state_numbers(BLOCK_D, BLOCK)
-        u_across = position_numbers(UNROLL, BLOCK)
-        there_across = d0 + lane_across < d_end
-        across = (u_across, lane_across, there_across[None, :] & (u_across >= 0)[:, None])
-        bias_across = load_per_channel(bias, d0 + lane_across, there_across)
-        shared = (shared_rows(UNROLL, BLOCK_D, PLAIN), shared_rows(UNROLL, BLOCK_D, PLAIN))
     if future is None:
         carry = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
     else:
@@ -226,18 +127,18 @@ def scan_adjoint_kernel(
     if edits is not None:
         edits_here = edits[0] + batch * edits[1]
         edit = count_before(edits_here, edits[2], stop) - 1
-        next_edit = _position(edits_here, edit)
+        next_edit = position_before(edits_here, edit)
     GRADIENTS: tl.constexpr = dstates is not None and recorded is not None
     if GRADIENTS:
         record = count_before(recorded[0], recorded[1], stop) - 1
-        next_record = _position(recorded[0], record)
+        next_record = position_before(recorded[0], record)
     if emitted is not None:
         emission = count_before(emitted[0], emitted[1], stop) - 1
-        next_emission = _position(emitted[0], emission)
+        next_emission = position_before(emitted[0], emission)
 
     top = stop - 1
     window = tl.maximum(stop - UNROLL, 0)
-    ahead = _rows_ahead(delta, dy, z, batch, d0, lane, there, across, window, POS, EMIT_ALL, MASK_D, UNROLL)
+    ahead = _rows_ahead(delta, dy, z, batch, d0, lane, there, window, POS, MASK_D, UNROLL)
     C_next = load_weights(C, batch, group, window, row_u, row_n, row_there, POS[2], MASK_N)
     while top >= first:
         # Positions low..top of the UNROLL that begin at window.
@@ -247,17 +148,17 @@ def scan_adjoint_kernel(
             if top == next_record:
                 carry += load_tile(dstates, batch, record, d, n, tile_there)
                 record -= 1
-                next_record = _position(recorded[0], record)
+                next_record = position_before(recorded[0], record)
             low = tl.maximum(low, next_record + 1)
         if emitted is not None:
             if top == next_emission:
                 dy_row = load_rows(dy, batch, d0, lane, top, there, POS[1], MASK_D, 1)[0]
                 z_row = load_rows(z, batch, d0, lane, top, there, POS[3], MASK_D, 1)[0]
                 C_row = load_weight_row(C, batch, group, top, n, n_there, POS[2], MASK_N)
-                adjoint = carry + C_row * _gated(dy_row, z_row, z)[:, None]
+                adjoint = carry + C_row * gated(dy_row, z_row, z)[:, None]
                 store_spread(adjoints, batch, emission, d0, d_end, d_state, adjoint, SPREAD)
                 emission -= 1
-                next_emission = _position(emitted[0], emission)
+                next_emission = position_before(emitted[0], emission)
             low = tl.maximum(low, next_emission + 1)
         if edits is not None:
             low = tl.maximum(low, next_edit)
@@ -268,31 +169,24 @@ def scan_adjoint_kernel(
             C_rows = tl.where(active[:, None], C_rows, 0.0)
         put(C_shared, C_rows)
         window_next = tl.maximum(low - UNROLL, 0)
-        ahead = _rows_ahead(delta, dy, z, batch, d0, lane, there, across, window_next, POS, EMIT_ALL, MASK_D, UNROLL)
+        ahead = _rows_ahead(delta, dy, z, batch, d0, lane, there, window_next, POS, MASK_D, UNROLL)
         C_next = load_weights(C, batch, group, window_next, row_u, row_n, row_there, POS[2], MASK_N)
-        if EMIT_ALL:
-            place = (batch, d0, d_end, d_state)
-            carry = _emitted_tile(
-                *(carry, A2, bias_across, rows, C_shared, shared, z, adjoints, place, across, window, low, top),
-                *(SOFTPLUS, PARTIAL, UNROLL, TILE, SPREAD),
-            )
-        else:
-            for u in tl.static_range(UNROLL - 1, -1, -1):
-                t = window + u
-                step = step_size(rows[0][u], bias_row, SOFTPLUS)
-                dy_row = _gated(rows[1][u], rows[2][u], z)
-                t_there = tile_there
-                if PARTIAL:
-                    inside = (t >= low) & (t <= top)
-                    step = tl.where(inside, step, 0.0)
-                    dy_row = tl.where(inside, dy_row, 0.0)
-                    t_there = tile_there & inside
-                adjoint = carry + take_row(C_shared, u, TILE) * dy_row[:, None]
-                if dstates is not None and recorded is None:
-                    adjoint += load_tile(dstates, batch, t, d, n, t_there)
-                carry = tl.exp2(step[:, None] * A2) * adjoint
-                if decays is not None:
-                    elapsed += step
+        for u in tl.static_range(UNROLL - 1, -1, -1):
+            t = window + u
+            step = step_size(rows[0][u], bias_row, SOFTPLUS)
+            dy_row = gated(rows[1][u], rows[2][u], z)
+            t_there = tile_there
+            if PARTIAL:
+                inside = (t >= low) & (t <= top)
+                step = tl.where(inside, step, 0.0)
+                dy_row = tl.where(inside, dy_row, 0.0)
+                t_there = tile_there & inside
+            adjoint = carry + take_row(C_shared, u, TILE) * dy_row[:, None]
+            if dstates is not None and recorded is None:
+                adjoint += load_tile(dstates, batch, t, d, n, t_there)
+            carry = tl.exp2(step[:, None] * A2) * adjoint
+            if decays is not None:
+                elapsed += step
         if edits is not None:
             if low == next_edit:
                 kept = load_tile(keep, batch, edit, d, n, tile_there)
@@ -301,7 +195,7 @@ def scan_adjoint_kernel(
                     decay *= tl.exp2(elapsed[:, None] * A2) * kept
                     elapsed = full_row(0.0, BLOCK_D, TILE)
                 edit -= 1
-                next_edit = _position(edits_here, edit)
+                next_edit = position_before(edits_here, edit)
         top = low - 1
     if decays is not None:
         decay *= tl.exp2(elapsed[:, None] * A2)

@@ -212,7 +212,8 @@ else:
             lanes = min(32, block_n // min(block_n, many))
             return gl.BlockedLayout([1, min(block_n, many)], [32 // lanes, lanes], warps, [1, 0])
 
-        block = gl.BlockedLayout([1, 1], [1, 32], warps, [1, 0])
+        lanes = min(block_d, 32)
+        block = gl.BlockedLayout([1, 1], [32 // lanes, lanes], warps, [1, 0])
         lanes = min(block_n, 32)
         of_t = max(1, unroll * lanes // (32 * num_warps))
         rows = gl.BlockedLayout([of_t, block_n // lanes], [32 // lanes, lanes], warps, [1, 0])

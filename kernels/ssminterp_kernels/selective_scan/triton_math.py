@@ -50,6 +50,17 @@ def sigmoid(v):
 
 @triton.jit
 @no_type_check
+def gated(dy, z_values, z):
+    """dLoss/d(y before the gate) from dLoss/dy, float32; z_values: what the gate is made of, if there is a z."""
+    dy = dy.to(tl.float32)
+    if z is not None:
+        gate = z_values.to(tl.float32)
+        dy *= gate * sigmoid(gate)
+    return dy
+
+
+@triton.jit
+@no_type_check
 def step_size(raw, bias, SOFTPLUS: tl.constexpr):
     """Δ in float32 from delta as given."""
     v = raw.to(tl.float32) + bias

@@ -82,6 +82,14 @@ def position(positions, i, n_positions):
 
 @jit
 @no_type_check
+def position_before(positions, i):
+    """The i-th of the positions, or -1 if i is -1, going backwards."""
+    found = tl.load(positions + tl.maximum(i, 0)).to(tl.int32)
+    return tl.where(i >= 0, found, -1)
+
+
+@jit
+@no_type_check
 def load_edit(tensor, batch, edit, n_edits, d, n, tile_there, NUMBER: tl.constexpr):
     """keep or add of an edit, of the last one if there is no such edit: a tile, or the one number that fills it."""
     edit = tl.minimum(edit, n_edits - 1)

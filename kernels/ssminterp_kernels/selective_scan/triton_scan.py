@@ -160,13 +160,6 @@ def backward_plan(s: ScanTensors, batch: int | None = None) -> BackwardPlan:
     return plan_backward(*sizes, s.x.dtype.itemsize, 2 if s.z is None else 3)
 
 
-def adjoint_plan(s: ScanTensors) -> Plan:
-    """How the scan of adjoints alone covers s."""
-    batch, length, d_inner = s.x.shape
-    sizes = (batch, length, d_inner, s.A.shape[1], s.B.shape[2], processor_count(s.x.device))
-    return plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=12, widest_block=64)
-
-
 def _masks(plan: Plan, d_state: int) -> dict[str, bool]:
     return {"MASK_D": plan.group_size % plan.block_d != 0, "MASK_N": plan.block_n != d_state}
 
@@ -254,7 +247,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
         SEGMENTS=None if boundaries is None else segments,
         PARTIAL=s.edits is not None or s.recorded is not None or length % plan.unroll != 0,
         SPARE=plan.max_registers == 255,
-        **_tile_options(plan, d_state),
+        **tile_options(plan, d_state),
     )
     return y, states, final_state, boundaries
 
@@ -389,49 +382,25 @@ def _hold_rows_of_states(outputs: list[Tensor]) -> bool:
     )
 
 
-def triton_adjoints(arguments: ScanArguments) -> Float[Tensor, "batch n_positions d_inner d_state"]:
-    """dLoss/dstate at the positions in `arguments.states`; dy is `arguments.x`, dfinal_state `arguments.initial_state`.
+def adjoint_options(s: ScanTensors, plan: Plan, dy: Tensor, events: bool) -> dict[str, Any]:
+    """What the scan of adjoints is told of its plan.
 
-    Long thin shapes are cut in chunks as the scan is, so that the adjoints are summarised, combined and replayed.
+    events: there are positions between tiles, so that tiles may hold less than all their positions.
     """
-    s = scan_tensors(arguments)
-    batch, length, _ = s.x.shape
-    plan = adjoint_plan(s)
-    dy = s.x
-    n_emitted = length if s.recorded is None else s.recorded.shape[0]
-    adjoints = new_states(s, batch, n_emitted, dtype=s.states_dtype)
-    if n_emitted == 0:
-        return adjoints
-    future = strided_state(s.initial_state)
-    if plan.is_chunked:
-        future = strided(futures_of_chunks(s, plan, dy, None, s.initial_state))
-    if s.recorded is None:
-        plan = for_trajectories(plan)
-    launch(
-        scan_adjoint_kernel,
-        (plan.programs(batch),),
-        *(strided(s.delta), strided(s.z), strided(s.A), strided(s.C), strided(s.bias), edit_table(s.edits)),
-        *(strided(s.keep), None, strided(dy), None, future, position_table(s.recorded), strided(adjoints), None, None),
-        **_adjoint_options(s, plan, dy, events=s.edits is not None or s.recorded is not None),
-    )
-    return adjoints
-
-
-def _adjoint_options(s: ScanTensors, plan: Plan, dy: Tensor, events: bool) -> dict[str, Any]:
-    """events: there are positions between tiles, so that tiles may hold less than all their positions."""
     length, d_state = s.x.shape[1], s.A.shape[1]
+    tiles = {name: value for name, value in tile_options(plan, d_state).items() if name != "BLOCK"}
     names = ("length", "chunk_length", "n_chunks", "n_blocks", "group_size", "d_state")
     return {
         **dict(zip(names, (*placement(plan, length), d_state), strict=True)),
         "POS": strides_of_pos(s.delta, dy, s.C, s.z),
         "SOFTPLUS": s.softplus,
         "PARTIAL": events or length % plan.unroll != 0,
-        **_tile_options(plan, d_state),
+        **tiles,
     }
 
 
 @functools.lru_cache(maxsize=256)
-def _tile_options(plan: Plan, d_state: int) -> Mapping[str, Any]:
+def tile_options(plan: Plan, d_state: int) -> Mapping[str, Any]:
     """What the kernels in tiles of positions are told of their plan."""
     layouts = forward_layouts_of(plan.block_d, plan.block_n, plan.unroll, plan.num_warps, plan.per_thread)
     return {
@@ -465,7 +434,7 @@ def futures_of_chunks(
     else:
         decays = spare.view(-1)[: futures.numel()].view(shape)
     events = s.edits is not None or (dstates is not None and s.recorded is not None)
-    options = _adjoint_options(s, plan, dy, events) | {"n_chunks": plan.n_chunks - 1}
+    options = adjoint_options(s, plan, dy, events) | {"n_chunks": plan.n_chunks - 1}
     launch(
         scan_adjoint_kernel,
         (plan.programs(batch) - batch * plan.n_blocks,),
