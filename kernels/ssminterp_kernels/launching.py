@@ -240,7 +240,7 @@ class _Recipe:
             None if owner is None else (kept.index(owner), _part(part, buffers[owner]))
             for part, owner in zip(results, owners, strict=True)
         ]
-        self.current_stream = _stream_getter(self.device.index) if self.launches else None
+        self.current_stream = stream_getter(self.device.index) if self.launches else None
 
     def repeat(self, arguments: list[int]) -> Any:
         """What the function returns for arguments that lie there."""
@@ -269,7 +269,7 @@ class _Recipe:
         return tuple(parts) if self.is_tuple else parts[0]
 
     def _launch(self, pointers: list[int], stream: int) -> None:
-        is_heard_of = _launches_are_heard_of()
+        is_heard_of = launches_are_heard_of()
         for compiled, (x, y, z), arguments, places in self.launches:
             values = arguments.copy()
             for index, which, others in places:
@@ -280,72 +280,8 @@ class _Recipe:
                 compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
 
 
-class Sized:
-    """Launches a kernel whose sizes change from call to call, where `repeated` would know no layout again.
-
-    The kernel must be marked not to specialise on them, and take its arguments in the order of `__call__`.
-    """
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self._known: dict[Any, Any] = {}
-
-    def __call__(
-        self,
-        grid: int,
-        tensors: Sequence[Any],
-        fixed: tuple[int, ...],
-        sizes: tuple[int, ...],
-        constants: tuple[Any, ...],
-        num_warps: int,
-    ) -> None:
-        """`kernel[(grid,)](*tensors, *fixed, *sizes, *constants, num_warps=num_warps)`, on the GPU of the tensors.
-
-        tensors: tensors, tuples of a tensor and integers (strides), and None; the first is a tuple or a tensor.
-        """
-        first = tensors[0] if isinstance(tensors[0], Tensor) else tensors[0][0]
-        index = first.get_device()
-        if index >= 0 and torch.cuda.current_device() != index:
-            with torch.cuda.device(index):
-                return self(grid, tensors, fixed, sizes, constants, num_warps)
-        # Of tensors what a kernel is compiled for: dtypes, strides, and which pointers are multiples of 16. Pointers
-        # are given as numbers, which spares the launcher to ask the driver whose they are.
-        key: list[Any] = [index, fixed, constants]
-        pointers: list[Any] = []
-        lowest_bits = 0
-        for argument in tensors:
-            if argument is None:
-                key.append(None)
-                pointers.append(None)
-            elif type(argument) is tuple:
-                tensor, *strides = argument
-                pointer = tensor.data_ptr()
-                key += (tensor.dtype, *strides)
-                pointers.append((pointer, *strides))
-                lowest_bits |= pointer
-            else:
-                pointer = argument.data_ptr()
-                key.append(argument.dtype)
-                pointers.append(pointer)
-                lowest_bits |= pointer
-        if lowest_bits & 15:
-            key += [p and (p[0] if isinstance(p, tuple) else p) & 15 == 0 for p in pointers]
-        compiled = self._known.get(layout := tuple(key))
-        if compiled is None or _launches_are_heard_of():
-            compiled = self.kernel[(grid,)](*tensors, *fixed, *sizes, *constants, num_warps=num_warps)
-            if len(self._known) >= MOST_LAYOUTS:
-                self._known.clear()
-            if hasattr(compiled, "packed_metadata"):  # the interpreter compiles nothing
-                self._known[layout] = compiled
-            return None
-        arguments = (*pointers, *fixed, *sizes, *constants)
-        metadata, stream = compiled.packed_metadata, _stream_getter(index)()
-        compiled.run(grid, 1, 1, stream, compiled.function, metadata, None, None, None, *arguments)
-        return None
-
-
 @functools.cache
-def _stream_getter(device: int | None) -> Callable[[], int]:
+def stream_getter(device: int | None) -> Callable[[], int]:
     """What tells the stream that is current on a GPU."""
     from triton.runtime import driver
 
@@ -359,7 +295,7 @@ def _runtime() -> Any:
     return knobs.runtime
 
 
-def _launches_are_heard_of() -> bool:
+def launches_are_heard_of() -> bool:
     """Whether a profiler has put hooks around Triton's launches."""
     runtime = _runtime()
     before, after = runtime.launch_enter_hook, runtime.launch_exit_hook

@@ -25,7 +25,7 @@ STREAM = 17
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching, "_stream_getter", lambda device: lambda: STREAM)
+    monkeypatch.setattr(launching, "stream_getter", lambda device: lambda: STREAM)
 
 
 class Compiled:

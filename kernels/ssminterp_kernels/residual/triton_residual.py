@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ssminterp_kernels.launching import Sized
 from ssminterp_kernels.residual.triton_residual_kernels import add_and_norm_kernel, norm_backward_kernel
+from ssminterp_kernels.sized_launching import Sized
 
 _add_and_norm, _norm_backward = Sized(add_and_norm_kernel), Sized(norm_backward_kernel)
 

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ssminterp_kernels.launching import Sized
 from ssminterp_kernels.rows.mixer_stages import Early, Recorded
 from ssminterp_kernels.rows.packing import Packing
 from ssminterp_kernels.rows.triton_kernels import conv_rows_kernel, conv_tokens_kernel, scan_rows_kernel
+from ssminterp_kernels.sized_launching import Sized
 
 _BLOCK_D, _WARPS = 64, 2
 _conv_rows, _scan_rows, _conv_tokens = Sized(conv_rows_kernel), Sized(scan_rows_kernel), Sized(conv_tokens_kernel)
