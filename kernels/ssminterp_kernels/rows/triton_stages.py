@@ -50,15 +50,14 @@ def conv_rows(
     taps: Float[Tensor, "d_conv d_inner"],
     bias: Float[Tensor, " d_inner"] | None,
     silu: bool,
-    out: Float[Tensor, "tiles n_out d_inner"] | None = None,
 ) -> Float[Tensor, "tiles n_out d_inner"]:
     """The causal depthwise conv at the first n_out tokens, with SiLU if asked.
 
     own: the inputs at the first tokens. shared: those of all tokens, of which the ones behind are taken, for all tiles.
-    window: the d_conv - 1 inputs before each row. taps: oldest first. out: where to write.
+    window: the d_conv - 1 inputs before each row. taps: oldest first.
     """
     tiles, n_own, d_inner = own.shape
-    y = torch.empty(tiles, n_out, d_inner, dtype=own.dtype, device=own.device) if out is None else out
+    y = torch.empty(tiles, n_out, d_inner, dtype=own.dtype, device=own.device)
     starts, _, rows, positions = packing.on(own.device)
     block_t, block_d = 16, min(64, max(32, _power_of_2(d_inner)))
     n_blocks = -(-d_inner // block_d)
