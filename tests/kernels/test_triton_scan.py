@@ -120,19 +120,25 @@ def test_gradient_of_one_output_alone(output: str) -> None:
     check_against_reference(ScanCase(length=9, edit_positions=(3,), states=(2, 3)), "triton", (output,), device=DEVICE)
 
 
-@pytest.mark.parametrize("chunk_length", [8, 16, 48])
-def test_chunks_equal_one_pass(chunk_length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("chunk_length", "states"), [(8, (15, 100)), (16, (15, 100)), (48, (15, 100)), (16, "all"), (48, "all")]
+)
+def test_chunks_equal_one_pass(
+    chunk_length: int, states: tuple[int, ...] | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ssminterp_kernels.selective_scan import triton_scan
     from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
 
-    case = ScanCase(length=101, batch=1, d_inner=2, d_state=3, edit_positions=(3, 40, 47), states=(15, 100))
+    case = ScanCase(length=101, batch=1, d_inner=2, d_state=3, edit_positions=(3, 40, 47), states=states)  # type: ignore[arg-type]
     inputs = random_scan_inputs(case, device=DEVICE)
     chosen = triton_scan.forward_plan
     s = triton_scan.scan_tensors(check_arguments(ScanArguments(**inputs)))
     outputs = []
     for length in (104, chunk_length):
         changes = {"chunk_length": length, "n_chunks": -(-case.length // length)}
-        monkeypatch.setattr(triton_scan, "forward_plan", lambda s, c=changes: dataclasses.replace(chosen(s), **c))
+        monkeypatch.setattr(
+            triton_scan, "forward_plan", lambda s, save, c=changes: dataclasses.replace(chosen(s, save), **c)
+        )
         triton_scan._forward.known.clear()  # type: ignore[attr-defined]
         outputs.append(triton_scan.scan_forward(s, save=True))
     triton_scan._forward.known.clear()  # type: ignore[attr-defined]
@@ -162,6 +168,25 @@ def test_backward_of_a_part_of_the_batch_needs_to_be_foreseen() -> None:
         assert gradient is None or relative_error(ours[name], gradient) <= 1e-5, name
     with pytest.raises(ValueError, match="tell scan_forward of the batch"):
         triton_scan.scan_backward(half, of_all[:part, :-1], y[:part], None, None)
+
+
+@pytest.mark.parametrize("states", ["all", (0, 2)])
+def test_programs_of_several_batch_elements(states: tuple[int, ...] | str) -> None:
+    """Each element begins with its own state and its own first edit."""
+    from ssminterp_kernels.selective_scan import triton_scan
+    from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
+
+    batch = 5000 if HAS_GPU else 17
+    edits = tuple((i % 2, 2) for i in range(batch))
+    case = ScanCase(batch=batch, length=3, d_inner=1, d_state=2, edit_positions=edits, states=states)  # type: ignore[arg-type]
+    inputs = random_scan_inputs(case, device=DEVICE)
+    with torch.no_grad():
+        s = triton_scan.scan_tensors(check_arguments(ScanArguments(**inputs)))
+        assert triton_scan.forward_plan(s).elements > 1
+        ours = selective_scan(**inputs, backend="triton")
+        expected = reference(**in_float64(inputs))
+    for name, value in expected.items():
+        assert relative_error(getattr(ours, name), value) < 1e-5, name
 
 
 def test_two_runs_are_equal_to_the_bit() -> None:

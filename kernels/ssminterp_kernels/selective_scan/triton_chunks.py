@@ -17,16 +17,18 @@ from ssminterp_kernels.selective_scan.triton_layouts import (
     full_tile,
     jit,
     put,
+    take_column,
     take_row,
 )
-from ssminterp_kernels.selective_scan.triton_loads import count_before, load_tile, tile_at
+from ssminterp_kernels.selective_scan.triton_loads import load_tile, tile_at
 from ssminterp_kernels.selective_scan.triton_math import step_size
 from ssminterp_kernels.selective_scan.triton_rows import (
+    events_before,
     load_edit,
-    load_rows,
-    load_weight_row,
     load_weights,
     position,
+    read_position,
+    rows_ahead,
 )
 
 GROUP = tl.constexpr(4)  # chunks that work out together what they do, so that fewer wait for one another
@@ -34,55 +36,28 @@ GROUP = tl.constexpr(4)  # chunks that work out together what they do, so that f
 
 @jit
 @no_type_check
-def _tile(
+def _position(
     state,
     elapsed,
     A2,
     bias_row,
-    x_rows,
-    delta_rows,
+    rows,
     B_shared,
+    shared,
+    u: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    RECORD_ALL: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The state and the sum of steps after UNROLL positions."""
-    for u in tl.static_range(UNROLL):
-        step = step_size(delta_rows[u], bias_row, SOFTPLUS)
-        dx = step * x_rows[u].to(tl.float32)
-        state = tl.exp2(step[:, None] * A2) * state + dx[:, None] * take_row(B_shared, u, TILE)
-        elapsed += step
-    return state, elapsed
-
-
-@jit
-@no_type_check
-def _one_by_one(
-    state,
-    elapsed,
-    A2,
-    bias_row,
-    x,
-    delta,
-    B,
-    place,
-    t,
-    end,
-    POS: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    MASK_D: tl.constexpr,
-    MASK_N: tl.constexpr,
-):
-    """As `_tile` for positions t..end, each read when its turn comes."""
-    batch, group, d0, lane = place[0], place[1], place[2], place[3]
-    there, n, n_there = place[5], place[6], place[7]
-    for i in range(t, end):
-        x_row = load_rows(x, batch, d0, lane, i, there, POS[0], MASK_D, 1)[0]
-        step = step_size(load_rows(delta, batch, d0, lane, i, there, POS[1], MASK_D, 1)[0], bias_row, SOFTPLUS)
-        B_row = load_weight_row(B, batch, group, i, n, n_there, POS[3], MASK_N)
-        state = tl.exp2(step[:, None] * A2) * state + (step * x_row.to(tl.float32))[:, None] * B_row
-        elapsed += step
-    return state, elapsed
+    """The state and the sum of steps [BLOCK_D, 1] after the u-th position of a tile."""
+    if RECORD_ALL:
+        step = take_column(shared[0], u, TILE)
+        dx = take_column(shared[1], u, TILE)
+    else:
+        step_row = step_size(rows[1][u], bias_row, SOFTPLUS)
+        step = step_row[:, None]
+        dx = (step_row * rows[0][u].to(tl.float32))[:, None]
+    return tl.exp2(step * A2) * state + dx * take_row(B_shared, u, TILE), elapsed + step
 
 
 @jit
@@ -95,14 +70,16 @@ def summarise(
     keep,
     add,
     A2,
-    bias_row,
+    bias,
     B_shared,
-    place,
+    shared,
+    numbers,
     t,
     stop,
     POS: tl.constexpr,
     NUMBERS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    RECORD_ALL: tl.constexpr,
     MASK_D: tl.constexpr,
     MASK_N: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -112,56 +89,68 @@ def summarise(
 ):
     """decay and local of a whole chunk, a multiple of UNROLL positions: it takes the state h to decay · h + local.
 
-    Between edits the decay of all steps is exp(their sum · A). place: batch, group, d0, lane, d, there, n, n_there and
-    what numbers a row of B: positions, d_state, which are there.
+    Between edits the decay of all steps is exp(their sum · A). numbers: as `rows_ahead` takes its place and across,
+    then what numbers a row of B (positions, d_state, which are there) and the channels. With RECORD_ALL lanes share the
+    steps as in the pass that writes states.
     """
-    batch, group, d0, lane, d, there, n, n_there, row_u, row_n, row_there = place
+    place, across, of_rows, d = numbers
+    row_u, row_n, row_there = of_rows
+    batch, there, group, n, n_there = place[0], place[4], place[5], place[6], place[7]
     tile_there = there[:, None] & n_there[None, :]
     state = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
-    elapsed = full_row(0.0, BLOCK_D, TILE)  # since the last edit
+    elapsed = full_row(0.0, BLOCK_D, TILE)[:, None]  # since the last edit
     decay = full_tile(1.0, BLOCK_D, BLOCK_N, TILE)  # up to the last edit
-
     if edits is not None:
         edits_here = edits[0] + batch * edits[1]
-        edit = count_before(edits_here, edits[2], t)
-        next_edit = position(edits_here, edit, edits[2])
-
-    x_next = load_rows(x, batch, d0, lane, t, there, POS[0], MASK_D, UNROLL)
-    delta_next = load_rows(delta, batch, d0, lane, t, there, POS[1], MASK_D, UNROLL)
+        edit = events_before(edits_here, edits[2], t)
+        next_edit = position(read_position(edits_here, edit, edits[2]), edit, edits[2])
+    window = t
+    ahead = rows_ahead(x, delta, None, batch, place, across, t, POS, RECORD_ALL, MASK_D, UNROLL)
     B_next = load_weights(B, batch, group, t, row_u, row_n, row_there, POS[3], MASK_N)
     while t < stop:
         end = t + UNROLL
         if edits is not None:
             end = tl.minimum(tl.minimum(end, stop), next_edit + 1)
-        x_rows = x_next
-        delta_rows = delta_next
+            edited = end == next_edit + 1
+            edit_here = edit
+            edit += edited.to(tl.int32)
+            read_edit = read_position(edits_here, edit, edits[2])
+        rows = ahead
         put(B_shared, B_next.to(tl.float32))
-        window = tl.minimum(end, stop - UNROLL)
-        x_next = load_rows(x, batch, d0, lane, window, there, POS[0], MASK_D, UNROLL)
-        delta_next = load_rows(delta, batch, d0, lane, window, there, POS[1], MASK_D, UNROLL)
-        B_next = load_weights(B, batch, group, window, row_u, row_n, row_there, POS[3], MASK_N)
+        window_next = tl.minimum(end, stop - UNROLL)
+        ahead = rows_ahead(x, delta, None, batch, place, across, window_next, POS, RECORD_ALL, MASK_D, UNROLL)
+        B_next = load_weights(B, batch, group, window_next, row_u, row_n, row_there, POS[3], MASK_N)
+        if RECORD_ALL:
+            step_block = step_size(rows[1][0], bias[1][None, :], SOFTPLUS)
+            put(shared[0], step_block)
+            put(shared[1], step_block * rows[0][0].to(tl.float32))
         if edits is None:
-            state, elapsed = _tile(state, elapsed, A2, bias_row, x_rows, delta_rows, B_shared, SOFTPLUS, UNROLL, TILE)
+            for u in tl.static_range(UNROLL):
+                state, elapsed = _position(
+                    state, elapsed, A2, bias[0], rows, B_shared, shared, u, SOFTPLUS, RECORD_ALL, TILE
+                )
         else:
             if end - t == UNROLL:
-                state, elapsed = _tile(
-                    state, elapsed, A2, bias_row, x_rows, delta_rows, B_shared, SOFTPLUS, UNROLL, TILE
-                )
+                for u in tl.static_range(UNROLL):
+                    state, elapsed = _position(
+                        state, elapsed, A2, bias[0], rows, B_shared, shared, u, SOFTPLUS, RECORD_ALL, TILE
+                    )
             else:
-                state, elapsed = _one_by_one(
-                    state, elapsed, A2, bias_row, x, delta, B, place, t, end, POS, SOFTPLUS, MASK_D, MASK_N
-                )
-        if edits is not None:
-            if end == next_edit + 1:
-                kept = load_edit(keep, batch, edit, edits[2], d, n, tile_there, NUMBERS[0])
-                added = load_edit(add, batch, edit, edits[2], d, n, tile_there, NUMBERS[1])
+                for u in tl.static_range(UNROLL):
+                    if (window + u >= t) & (window + u < end):
+                        state, elapsed = _position(
+                            state, elapsed, A2, bias[0], rows, B_shared, shared, u, SOFTPLUS, RECORD_ALL, TILE
+                        )
+            if edited:
+                kept = load_edit(keep, batch, edit_here, edits[2], d, n, tile_there, True, 1.0, NUMBERS[0])
+                added = load_edit(add, batch, edit_here, edits[2], d, n, tile_there, True, 0.0, NUMBERS[1])
                 state = state * kept + added
-                decay = decay * tl.exp2(elapsed[:, None] * A2) * kept
-                elapsed = full_row(0.0, BLOCK_D, TILE)
-                edit += 1
-                next_edit = position(edits_here, edit, edits[2])
+                decay = decay * tl.exp2(elapsed * A2) * kept
+                elapsed = full_row(0.0, BLOCK_D, TILE)[:, None]
+            next_edit = position(read_edit, edit, edits[2])
+        window = window_next
         t = end
-    return decay * tl.exp2(elapsed[:, None] * A2), state
+    return decay * tl.exp2(elapsed * A2), state
 
 
 @jit
@@ -193,9 +182,10 @@ def state_before_chunk(
     keep,
     add,
     A2,
-    bias_row,
+    bias,
     B_shared,
-    place,
+    shared,
+    numbers,
     chunk,
     t,
     stop,
@@ -206,6 +196,7 @@ def state_before_chunk(
     POS: tl.constexpr,
     NUMBERS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    RECORD_ALL: tl.constexpr,
     MASK_D: tl.constexpr,
     MASK_N: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -219,7 +210,8 @@ def state_before_chunk(
     chunks after the first are a group: each works out what those of its group before it do together, and applies that
     to the state at the end of the group before. So the way from the first chunk to the last has n_chunks / GROUP steps.
     """
-    batch, d, there, n, n_there = place[0], place[4], place[5], place[6], place[7]
+    place, d = numbers[0], numbers[3]
+    batch, there, n, n_there = place[0], place[4], place[6], place[7]
     tile_there = there[:, None] & n_there[None, :]
     decays, locals_, ends = effects
     pid = tl.program_id(0)
@@ -230,8 +222,8 @@ def state_before_chunk(
     local = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
     if chunk < n_chunks - 1:
         decay, local = summarise(
-            *(x, delta, B, edits, keep, add, A2, bias_row, B_shared, place, t, stop),
-            *(POS, NUMBERS, SOFTPLUS, MASK_D, MASK_N, BLOCK_N, BLOCK_D, UNROLL, TILE),
+            *(x, delta, B, edits, keep, add, A2, bias, B_shared, shared, numbers, t, stop),
+            *(POS, NUMBERS, SOFTPLUS, RECORD_ALL, MASK_D, MASK_N, BLOCK_N, BLOCK_D, UNROLL, TILE),
         )
         if not is_last:
             tl.store(tile_at(decays, batch, chunk, d, n), decay, mask=tile_there)

@@ -22,19 +22,23 @@ from ssminterp_kernels.selective_scan.triton_layouts import (
     position_numbers,
     put,
     row_state_numbers,
+    shared_parts,
     shared_rows,
     state_numbers,
 )
-from ssminterp_kernels.selective_scan.triton_loads import count_before, load_row, load_tile
+from ssminterp_kernels.selective_scan.triton_loads import load_row, load_tile
 from ssminterp_kernels.selective_scan.triton_math import LOG2E
 from ssminterp_kernels.selective_scan.triton_rows import (
+    events_before,
     load_edit,
     load_per_channel,
     load_weights,
     position,
+    read_position,
+    rows_ahead,
     store_spread,
 )
-from ssminterp_kernels.selective_scan.triton_tiles import one_by_one, rows_ahead, whole_tile
+from ssminterp_kernels.selective_scan.triton_tiles import scan_tile
 
 
 @jit(
@@ -78,15 +82,19 @@ def scan_forward_kernel(
     RECORD_ALL: tl.constexpr,
     SEGMENTS: tl.constexpr,
     PARTIAL: tl.constexpr,
+    SEVERAL: tl.constexpr,
     MASK_D: tl.constexpr,
     MASK_N: tl.constexpr,
-    SPARE: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
     TILE: tl.constexpr,
     SPREAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    STATES: tl.constexpr,
+    LANES: tl.constexpr,
+    TOGETHER: tl.constexpr,
     ROWS: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
@@ -96,10 +104,12 @@ def scan_forward_kernel(
     stride of batch, n_edits); keep, add: [batch, n_edits, d_inner, d_state]. recorded: (positions, n_recorded).
     states: where recorded states go; boundaries: [batch, n_boundaries, d_inner, d_state], where the states before
     the segments of the backward pass go: of every `segments_chunk` positions SEGMENTS (head, segment), see
-    `BackwardPlan`; final_state: [batch, 1, d_inner, d_state]. POS: the strides of the position axes of x,
-    delta, z, B, C and y, as constants so that neighbouring positions cost no address arithmetic. NUMBERS: whether keep
-    and add are one number per edit. PARTIAL: some tile may hold less than UNROLL positions. SPARE: there are registers
-    to spare, for the values of the next edit. TILE and what follows: see `Layouts`.
+    `BackwardPlan`; final_state: [batch, 1, d_inner, d_state]. POS: the strides of the position axes of x, delta, z, B,
+    C, y and states, as constants so that neighbouring positions cost no address arithmetic. NUMBERS: whether keep and
+    add are one number per edit. PARTIAL: some tile may hold less than UNROLL positions. SEVERAL: elements may be more
+    than one. AHEAD: when the values of an edit are loaded, see `_edits_ahead`. TILE and what follows: see `Layouts`;
+    STATES: how many of a channel's in a row a thread has; LANES: how many lanes have parts of a sum over d_state;
+    TOGETHER: how many such sums are put into shared memory at once.
     """
     pid = tl.program_id(0)
     block = pid % n_blocks
@@ -139,7 +149,7 @@ def scan_forward_kernel(
         shared = (
             shared_rows(UNROLL, BLOCK_D, PLAIN),
             shared_rows(UNROLL, BLOCK_D, PLAIN),
-            shared_rows(UNROLL, BLOCK_D, PLAIN),
+            shared_parts(UNROLL, BLOCK_D, LANES),
         )
     if start is None:
         state = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
@@ -148,48 +158,36 @@ def scan_forward_kernel(
 
     first = chunk * chunk_length
     stop = tl.minimum(first + chunk_length, length)
+    place = (batch, d0, d_end, lane, there, group, n, n_there)
     if flags is not None:
         if chunk > 0:
-            numbers = (batch, group, d0, lane, d, there, n, n_there, row_u, row_n, row_there)
+            numbers = (place, across, (row_u, row_n, row_there), d)
             state = state_before_chunk(
-                *(x, delta, B, edits, keep, add, A2, bias_row, B_shared, numbers, chunk, first, stop, n_chunks),
-                *(
-                    (decays, locals_, ends),
-                    flags,
-                    per_chunk,
-                    POS,
-                    NUMBERS,
-                    SOFTPLUS,
-                    MASK_D,
-                    MASK_N,
-                    BLOCK_N,
-                    BLOCK_D,
-                    UNROLL,
-                    TILE,
-                ),
+                *(x, delta, B, edits, keep, add, A2, (bias_row, bias_across), B_shared, shared, numbers),
+                *(chunk, first, stop, n_chunks, (decays, locals_, ends), flags, per_chunk),
+                *(POS, NUMBERS, SOFTPLUS, RECORD_ALL, MASK_D, MASK_N, BLOCK_N, BLOCK_D, UNROLL, TILE),
             )
     EVENTS: tl.constexpr = edits is not None or recorded is not None
     if edits is not None:
         edits_here = edits[0] + batch * edits[1]
-        edit = count_before(edits_here, edits[2], first)
-        next_edit = position(edits_here, edit, edits[2])
-        after_edit = position(edits_here, edit + 1, edits[2])
-        if SPARE:
-            kept = load_edit(keep, batch, edit, edits[2], d, n, tile_there, NUMBERS[0])
-            added = load_edit(add, batch, edit, edits[2], d, n, tile_there, NUMBERS[1])
+        edit = events_before(edits_here, edits[2], first)
+        next_edit = position(read_position(edits_here, edit, edits[2]), edit, edits[2])
+        if AHEAD == 2:
+            kept = load_edit(keep, batch, edit, edits[2], d, n, tile_there, True, 1.0, NUMBERS[0])
+            added = load_edit(add, batch, edit, edits[2], d, n, tile_there, True, 0.0, NUMBERS[1])
     if recorded is not None:
-        first_record = count_before(recorded[0], recorded[1], first)
-        record = first_record
-        next_record = position(recorded[0], record, recorded[1])
-        after_record = position(recorded[0], record + 1, recorded[1])
+        record = events_before(recorded[0], recorded[1], first)
+        next_record = position(read_position(recorded[0], record, recorded[1]), record, recorded[1])
 
-    place = (batch, d0, d_end, lane, there, group, n, n_there)
     t = first
     window = tl.minimum(t, stop - UNROLL)  # rows are loaded from here on: near the end, rows that nobody uses
     ahead = rows_ahead(x, delta, z, batch, place, across, window, POS, RECORD_ALL, MASK_D, UNROLL)
     B_next = load_weights(B, batch, group, window, row_u, row_n, row_there, POS[3], MASK_N)
     C_next = load_weights(C, batch, group, window, row_u, row_n, row_there, POS[4], MASK_N)
-    while batch <= last_batch:
+    element = batch
+    while element <= last_batch:
+        if SEVERAL:
+            batch = element
         # A tile of UNROLL positions from t on, or the fewer that are left before the next event or the end.
         end = tl.minimum(t + UNROLL, stop)
         if SEGMENTS is not None:
@@ -210,55 +208,72 @@ def scan_forward_kernel(
         rows = ahead
         put(B_shared, B_next.to(tl.float32))
         put(C_shared, C_next.to(tl.float32))
-        # The next tile's rows are under way while this one is computed, also across batch elements.
+        # The next tile's rows are under way while this one is computed, also across batch elements. So is all else that
+        # is loaded here: loads elsewhere would be waited for before the next tile's begin.
         t_next = tl.where(ends_element, first, end)
-        batch_next = tl.minimum(batch + ends_element.to(tl.int64), last_batch)
+        batch_next = batch
+        if SEVERAL:
+            batch_next = tl.minimum(batch + ends_element.to(tl.int64), last_batch)
         window_next = tl.minimum(t_next, stop - UNROLL)
+        place = (batch, d0, d_end, lane, there, group, n, n_there)
+        edit_here = (edits, keep, add)
+        if edits is not None:
+            edited = end == next_edit + 1
+            edit_here = (edits, keep, add, edited, edit)
+            if AHEAD == 1:
+                kept_here = load_edit(keep, batch, edit, edits[2], d, n, tile_there, edited, 1.0, NUMBERS[0])
+                added_here = load_edit(add, batch, edit, edits[2], d, n, tile_there, edited, 0.0, NUMBERS[1])
+                edit_here = (edits, keep, add, edited, edit, kept_here, added_here)
+            if AHEAD == 2:
+                kept_here = tl.where(edited, kept, 1.0)
+                added_here = tl.where(edited, added, 0.0)
+                edit_here = (edits, keep, add, edited, edit, kept_here, added_here)
+            edit += edited.to(tl.int32)
+            is_new = edited
+            if SEVERAL:  # then there is one chunk, and each begins with its first event
+                edit = tl.where(ends_element, 0, edit)
+                is_new = edited | ends_element
+            if AHEAD == 2:
+                kept = load_edit(keep, batch_next, edit, edits[2], d, n, tile_there, is_new, kept, NUMBERS[0])
+                added = load_edit(add, batch_next, edit, edits[2], d, n, tile_there, is_new, added, NUMBERS[1])
+            read_edit = read_position(edits[0] + batch_next * edits[1], edit, edits[2])
+        if recorded is not None:
+            is_recorded = end == next_record + 1
+            record_here = record
+            record += is_recorded.to(tl.int32)
+            if SEVERAL:
+                record = tl.where(ends_element, 0, record)
+            read_record = read_position(recorded[0], record, recorded[1])
         ahead = rows_ahead(x, delta, z, batch_next, place, across, window_next, POS, RECORD_ALL, MASK_D, UNROLL)
         B_next = load_weights(B, batch_next, group, window_next, row_u, row_n, row_there, POS[3], MASK_N)
         C_next = load_weights(C, batch_next, group, window_next, row_u, row_n, row_there, POS[4], MASK_N)
-        place = (batch, d0, d_end, lane, there, group, n, n_there)
-        sources = (x, delta, z, B, C)
-        targets = (y, states, d_state)
-        edit_here = (edits, keep, add)
-        if edits is not None:
-            if SPARE:
-                edit_here = (edits, keep, add, next_edit, edit, kept, added)
-            else:
-                edit_here = (edits, keep, add, next_edit, edit)
         if PARTIAL:
             if end - t == UNROLL:
-                state = whole_tile(
+                state = scan_tile(
                     *(state, A2, (bias_row, bias_across), (D_row, D_across), rows, (B_shared, C_shared), shared, z),
-                    *(targets, place, across, edit_here, t, POS, NUMBERS, SPARE, SOFTPLUS, RECORD_ALL, MASK_D, UNROLL),
-                    *(TILE, SPREAD, BLOCK),
+                    *((y, states), place, across, edit_here, (t, t, end), POS, NUMBERS, AHEAD, SOFTPLUS),
+                    *(RECORD_ALL, MASK_D, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER, True),
                 )
             else:
-                state = one_by_one(
-                    *(state, A2, bias_row, D_row, sources, targets, place, edit_here, t, end),
-                    *(POS, NUMBERS, SPARE, SOFTPLUS, RECORD_ALL, MASK_D, MASK_N, SPREAD),
+                state = scan_tile(
+                    *(state, A2, (bias_row, bias_across), (D_row, D_across), rows, (B_shared, C_shared), shared, z),
+                    *((y, states), place, across, edit_here, (window, t, end), POS, NUMBERS, AHEAD, SOFTPLUS),
+                    *(RECORD_ALL, MASK_D, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER, False),
                 )
         else:
-            state = whole_tile(
+            state = scan_tile(
                 *(state, A2, (bias_row, bias_across), (D_row, D_across), rows, (B_shared, C_shared), shared, z),
-                *(targets, place, across, edit_here, t, POS, NUMBERS, SPARE, SOFTPLUS, RECORD_ALL, MASK_D, UNROLL),
-                *(TILE, SPREAD, BLOCK),
+                *((y, states), place, across, edit_here, (t, t, end), POS, NUMBERS, AHEAD, SOFTPLUS),
+                *(RECORD_ALL, MASK_D, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER, True),
             )
         if edits is not None:
-            if end == next_edit + 1:
-                edit += 1
-                next_edit = after_edit
-                after_edit = position(edits_here, edit + 1, edits[2])
-                if SPARE:
-                    kept = load_edit(keep, batch, edit, edits[2], d, n, tile_there, NUMBERS[0])
-                    added = load_edit(add, batch, edit, edits[2], d, n, tile_there, NUMBERS[1])
+            next_edit = position(read_edit, edit, edits[2])
         if recorded is not None:
-            if end == next_record + 1:
-                store_spread(states, batch, record, d0, d_end, d_state, state, SPREAD)
-                record += 1
-                next_record = after_record
-                after_record = position(recorded[0], record + 1, recorded[1])
+            if is_recorded:
+                store_spread(states, batch, record_here, d0, d_end, d_state, state, SPREAD)
+            next_record = position(read_record, record, recorded[1])
         t = t_next
+        window = window_next
         if ends_element:
             if chunk == n_chunks - 1:
                 store_spread(final_state, batch, 0, d0, d_end, d_state, state, SPREAD)
@@ -266,21 +281,10 @@ def scan_forward_kernel(
                 if chunk == 0:
                     store_spread(ends, batch, 0, d0, d_end, d_state, state, SPREAD)
                     announce(flags + tl.num_programs(0) + pid)
-            batch += 1
-            if batch <= last_batch:
-                if start is None:
-                    state = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
-                else:
-                    state = load_tile(start, batch, 0, d, n, tile_there)
-                if edits is not None:
-                    edits_here = edits[0] + batch * edits[1]
-                    edit = count_before(edits_here, edits[2], first)
-                    next_edit = position(edits_here, edit, edits[2])
-                    after_edit = position(edits_here, edit + 1, edits[2])
-                    if SPARE:
-                        kept = load_edit(keep, batch, edit, edits[2], d, n, tile_there, NUMBERS[0])
-                        added = load_edit(add, batch, edit, edits[2], d, n, tile_there, NUMBERS[1])
-                if recorded is not None:
-                    record = first_record
-                    next_record = position(recorded[0], record, recorded[1])
-                    after_record = position(recorded[0], record + 1, recorded[1])
+            element += 1
+            if SEVERAL:
+                if element <= last_batch:
+                    if start is None:
+                        state = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
+                    else:
+                        state = load_tile(start, element, 0, d, n, tile_there)

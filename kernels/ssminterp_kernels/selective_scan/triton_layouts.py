@@ -65,13 +65,20 @@ def parts_of(block_d: int, block_n: int, num_warps: int) -> Parts:
     return Parts(states, block_d // groups, groups)
 
 
+def lanes_of_a_channel(block_n: int, states: int) -> int:
+    """Of a tile of which a thread has so many states next to each other."""
+    return min(32, max(1, block_n // states))
+
+
 if INTERPRETED:
     jit = triton.jit
 
     def layouts_of(block_d: int, block_n: int, block_t: int, num_warps: int) -> Layouts:
         return Layouts(None, None, None, None, None, None)
 
-    def forward_layouts_of(block_d: int, block_n: int, unroll: int, num_warps: int, per_thread: int) -> ForwardLayouts:
+    def forward_layouts_of(
+        block_d: int, block_n: int, unroll: int, num_warps: int, per_thread: int, within_warps: bool = False
+    ) -> ForwardLayouts:
         return ForwardLayouts(None, None, None, None, None)
 
     @no_type_check
@@ -149,10 +156,20 @@ if INTERPRETED:
         return tl.sum(tl.where(at[:, None], place[0], 0.0), 0)[:, None]
 
     @no_type_check
-    def put_column(place, i, column, COUNT):
-        if place[0] is None:
-            place[0] = tl.zeros((COUNT, column.shape[0]), tl.float32)
-        place[0] = tl.where((tl.arange(0, COUNT) == i)[:, None], tl.trans(column), place[0])
+    def shared_parts(COUNT, BLOCK_D, LANES):
+        return []
+
+    @no_type_check
+    def part_over_states(tile, STATES, LANES):
+        return tl.sum(tile, 1)
+
+    @no_type_check
+    def put_parts(place, first, parts, COUNT):
+        place[first:] = parts
+
+    @no_type_check
+    def take_parts(place, BLOCK):
+        return take_over_channels(place, None)
 
     @no_type_check
     def put_over_states(place, tile, STATES):
@@ -204,8 +221,21 @@ else:
         values = gl.SharedLinearLayout([*slots[apart:], *slots[:apart]])
         return Layouts(tile, lines, sums, rows, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]), values)
 
-    def forward_layouts_of(block_d: int, block_n: int, unroll: int, num_warps: int, per_thread: int) -> ForwardLayouts:
-        """per_thread: how many states of a channel a thread holds, at most."""
+    def _spread_layout(block_d: int, block_n: int, num_warps: int) -> Any:
+        """4 states of a thread, and in a warp the channels that it has if a thread has all states of a channel."""
+        states = [[0, 1 << i] for i in range(block_n.bit_length() - 1)]
+        channels = [[1 << i, 0] for i in range(block_d.bit_length() - 1)]
+        of_warps = num_warps.bit_length() - 1
+        inner = channels[: len(channels) - of_warps]
+        lanes = [*states[2:], *inner][:5]
+        registers = [*states[:2], *[base for base in (*states[2:], *inner) if base not in lanes]]
+        return gl.DistributedLinearLayout(registers, lanes, channels[len(inner) :], [], [block_d, block_n])
+
+    def forward_layouts_of(
+        block_d: int, block_n: int, unroll: int, num_warps: int, per_thread: int, within_warps: bool = False
+    ) -> ForwardLayouts:
+        """per_thread: how many states of a channel a thread holds, at most; within_warps: whether tiles are spread over
+        the lanes of a warp, which takes more instructions, and not by way of shared memory, where warps wait."""
         warps = [num_warps, 1]
 
         def tile(many: int) -> Any:
@@ -213,11 +243,14 @@ else:
             return gl.BlockedLayout([1, min(block_n, many)], [32 // lanes, lanes], warps, [1, 0])
 
         lanes = min(block_d, 32)
-        block = gl.BlockedLayout([1, 1], [32 // lanes, lanes], warps, [1, 0])
+        of_a_channel = lanes_of_a_channel(block_n, min(per_thread, block_n))
+        parts = gl.BlockedLayout([1, 1, of_a_channel], [32 // lanes, lanes, 1], [num_warps, 1, 1], [2, 1, 0])
         lanes = min(block_n, 32)
         of_t = max(1, unroll * lanes // (32 * num_warps))
         rows = gl.BlockedLayout([of_t, block_n // lanes], [32 // lanes, lanes], warps, [1, 0])
-        return ForwardLayouts(tile(per_thread), tile(4), block, rows, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        spread = _spread_layout(block_d, block_n, num_warps) if within_warps else tile(min(4, per_thread))
+        plain = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        return ForwardLayouts(tile(per_thread), spread, gl.SliceLayout(2, parts), rows, plain)
 
     @jit
     @no_type_check
@@ -329,9 +362,41 @@ else:
 
     @jit
     @no_type_check
-    def put_column(place, i: tl.constexpr, column, COUNT: tl.constexpr):
-        """Write a column [channel, 1] to row i of a block of COUNT positions."""
-        place.slice(i, 1).permute((1, 0)).store(column)
+    def shared_parts(COUNT: tl.constexpr, BLOCK_D: tl.constexpr, LANES: tl.constexpr):
+        """A place for parts of COUNT sums over d_state."""
+        layout: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+        return gl.allocate_shared_memory(gl.float32, [COUNT, BLOCK_D, LANES], layout)
+
+    @jit
+    @no_type_check
+    def part_over_states(tile, STATES: tl.constexpr, LANES: tl.constexpr):
+        """The sums over d_state of a tile, as far as each of the LANES of a channel can add them, STATES in a row."""
+        parts = gl.reshape(tile, [tile.shape[0], tile.shape[1] // STATES // LANES, LANES, STATES])
+        return tl.sum(tl.sum(parts, 3), 1)
+
+    @jit
+    @no_type_check
+    def _in_pairs(tensors, HALF: tl.constexpr):
+        """The first and the second half of the tensors, joined along a new last axis."""
+        pairs = ()
+        for i in tl.static_range(HALF):
+            pairs = pairs + (gl.join(tensors[i], tensors[i + HALF]),)
+        return pairs
+
+    @jit
+    @no_type_check
+    def put_parts(place, first: tl.constexpr, parts, COUNT: tl.constexpr):
+        """Leave the parts of COUNT sums from the first-th on; together: there is a barrier between any two stores."""
+        for level in tl.static_range(1, COUNT.bit_length()):
+            parts = _in_pairs(parts, COUNT >> level)
+        together = gl.reshape(parts[0], [place.shape[1], place.shape[2], COUNT])
+        place.slice(first, COUNT).store(gl.permute(together, [2, 0, 1]))
+
+    @jit
+    @no_type_check
+    def take_parts(place, BLOCK: tl.constexpr):
+        """All sums over d_state [COUNT, BLOCK_D] that were left."""
+        return tl.sum(place.load(BLOCK.parent), 2)
 
     @jit
     @no_type_check

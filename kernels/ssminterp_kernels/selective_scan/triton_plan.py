@@ -35,6 +35,11 @@ class Plan:
     def is_chunked(self) -> bool:
         return self.n_chunks > 1
 
+    @property
+    def states_of_a_thread(self) -> int:
+        """Of all its channels."""
+        return self.block_d * self.block_n // (32 * self.num_warps)
+
     def programs(self, batch: int) -> int:
         return batch * self.n_chunks * self.n_blocks
 
@@ -105,10 +110,7 @@ def _elements_of_a_program(batch: int, n_blocks: int, slots: int, length: int) -
 
 
 def for_trajectories(plan: Plan) -> Plan:
-    """The plan for writing every state: lanes side by side along d_state, so that stores fill whole lines of memory.
-
-    Softplus and the gate are then computed in every lane of a channel, in time that the memory leaves.
-    """
+    """The plan for writing every state: lanes side by side along d_state, so that stores fill whole lines of memory."""
     per_thread = 4
     num_warps = min(8, max(1, plan.block_d * plan.block_n // (32 * per_thread)))
     return dataclasses.replace(plan, per_thread=per_thread, num_warps=num_warps, max_registers=None)
@@ -138,6 +140,17 @@ def for_all_adjoints(plan: Plan, batch: int, length: int, n_processors: int, edi
                 elements=min(batch, ceil_div(batch * n_blocks, n_processors)) if many == 64 else 1,
             )
     return for_trajectories(plan)
+
+
+def for_all_states(plan: Plan, length: int, save: bool) -> Plan:
+    """The plan for writing every state in the forward pass; save: those for the backward pass, too.
+
+    Two channels a thread share their rows of B and C. Tiles of one pass over time are long, because that is how far
+    ahead a program reads; but states are saved between tiles only.
+    """
+    unroll = plan.unroll if save or plan.is_chunked or length < 16 else 16
+    num_warps = min(8, max(1, plan.block_d * plan.block_n // 256))
+    return dataclasses.replace(for_trajectories(plan), num_warps=num_warps, unroll=unroll)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -10,7 +10,7 @@ from typing import no_type_check
 import triton.language as tl
 
 from ssminterp_kernels.selective_scan.triton_layouts import channel_numbers, jit, spread, state_numbers
-from ssminterp_kernels.selective_scan.triton_loads import load_tile, tile_at
+from ssminterp_kernels.selective_scan.triton_loads import count_before, tile_at
 from ssminterp_kernels.selective_scan.triton_math import load_masked
 
 FAR = tl.constexpr((1 << 31) - 2)  # a position that no tile reaches, and one more does not overflow
@@ -58,6 +58,38 @@ def load_block(tensor, batch, d0, t, u, lane, there, stride: tl.constexpr):
 
 @jit
 @no_type_check
+def rows_ahead(
+    x,
+    delta,
+    z,
+    batch,
+    place,
+    across,
+    t,
+    POS: tl.constexpr,
+    RECORD_ALL: tl.constexpr,
+    MASK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """x, delta and z at UNROLL positions from t on: rows in a program's tile, or blocks with RECORD_ALL.
+
+    place: batch, d0, d_end, lane, there, ...; across: what numbers blocks: positions, channels, which are there.
+    """
+    d0, lane, there = place[1], place[3], place[4]
+    if RECORD_ALL:
+        u, lane, there = across
+        x_rows = load_block(x, batch, d0, t, u, lane, there, POS[0])
+        delta_rows = load_block(delta, batch, d0, t, u, lane, there, POS[1])
+        z_rows = load_block(z, batch, d0, t, u, lane, there, POS[2])
+    else:
+        x_rows = load_rows(x, batch, d0, lane, t, there, POS[0], MASK_D, UNROLL)
+        delta_rows = load_rows(delta, batch, d0, lane, t, there, POS[1], MASK_D, UNROLL)
+        z_rows = load_rows(z, batch, d0, lane, t, there, POS[2], MASK_D, UNROLL)
+    return x_rows, delta_rows, z_rows
+
+
+@jit
+@no_type_check
 def load_weights(tensor, batch, group, t, u, n, there, stride: tl.constexpr, MASK_N: tl.constexpr):
     """Rows [UNROLL, BLOCK_N] of B or C [batch, pos, n_groups, d_state] at the positions t + u."""
     place = tensor[0] + (batch * tensor[1] + group * tensor[3] + t.to(tl.int64) * stride)
@@ -74,10 +106,13 @@ def load_weight_row(tensor, batch, group, t, n, n_there, stride: tl.constexpr, M
 
 @jit
 @no_type_check
-def position(positions, i, n_positions):
-    """The i-th of the positions, or one that no tile reaches; in 32 bits, which are one register."""
-    found = tl.load(positions + tl.minimum(i, n_positions - 1)).to(tl.int32)
-    return tl.where(i < n_positions, found, FAR)
+def events_before(positions, n_positions, t):
+    """How many of the ascending positions come before t; the search waits for memory again and again, and is spared
+    where nothing can come before."""
+    count = tl.cast(0, tl.int32)
+    if t > 0:
+        count = count_before(positions, n_positions, t)
+    return count
 
 
 @jit
@@ -90,23 +125,44 @@ def position_before(positions, i):
 
 @jit
 @no_type_check
-def load_edit(tensor, batch, edit, n_edits, d, n, tile_there, NUMBER: tl.constexpr):
-    """keep or add of an edit, of the last one if there is no such edit: a tile, or the one number that fills it."""
+def read_position(positions, i, n_positions):
+    """The i-th of the positions, or the last; `position` says which when it is needed, so that none waits before."""
+    return tl.load(positions + tl.minimum(i, n_positions - 1)).to(tl.int32)
+
+
+@jit
+@no_type_check
+def position(read, i, n_positions):
+    """The i-th of the positions as `read_position` gave it, or one that no tile reaches; 32 bits are one register."""
+    return tl.where(i < n_positions, read, FAR)
+
+
+@jit
+@no_type_check
+def load_edit(tensor, batch, edit, n_edits, d, n, tile_there, wanted, otherwise, NUMBER: tl.constexpr):
+    """keep or add of an edit: a tile, or the one number that fills it; unless wanted, what it is otherwise."""
     edit = tl.minimum(edit, n_edits - 1)
     if NUMBER:
-        loaded = tl.load(tensor[0] + batch * tensor[1] + edit.to(tl.int64) * tensor[2]).to(tl.float32)
+        place = tensor[0] + batch * tensor[1] + edit.to(tl.int64) * tensor[2]
+        loaded = tl.load(place, mask=wanted, other=otherwise).to(tl.float32)
     else:
-        loaded = load_tile(tensor, batch, edit, d, n, tile_there)
+        loaded = tl.load(tile_at(tensor, batch, edit, d, n), mask=tile_there & wanted, other=otherwise).to(tl.float32)
     return loaded
 
 
 @jit
 @no_type_check
-def store_spread(tensor, batch, i, d0, d_end, d_state, tile, SPREAD: tl.constexpr):
+def store_spread(tensor, batch, i, d0, d_end, d_state, tile, SPREAD: tl.constexpr, STREAM: tl.constexpr = False):
     """Write item i of a tensor [batch, i, d_inner, d_state], lanes side by side along d_state.
 
-    As a thread holds them, 16 numbers of a channel, its stores would reach half of the memory's bandwidth.
+    As a thread holds them, 16 numbers of a channel, its stores would reach half of the memory's bandwidth. STREAM: so
+    much is written that it should not drive what will be read again out of the cache.
     """
     d = d0 + channel_numbers(tile.shape[0], SPREAD)
     n = state_numbers(tile.shape[1], SPREAD)
-    tl.store(tile_at(tensor, batch, i, d, n), spread(tile, SPREAD), mask=(d < d_end)[:, None] & (n < d_state)[None, :])
+    place = tile_at(tensor, batch, i, d, n)
+    mask = (d < d_end)[:, None] & (n < d_state)[None, :]
+    if STREAM:
+        tl.store(place, spread(tile, SPREAD), mask=mask, cache_modifier=".cs")
+    else:
+        tl.store(place, spread(tile, SPREAD), mask=mask)

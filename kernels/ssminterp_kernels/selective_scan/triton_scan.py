@@ -15,13 +15,18 @@ from ssminterp_kernels.launching import launch, repeated, zeros
 from ssminterp_kernels.selective_scan.arguments import ScanArguments
 from ssminterp_kernels.selective_scan.triton_adjoint import combine_chunks_kernel, scan_adjoint_kernel
 from ssminterp_kernels.selective_scan.triton_backward import scan_backward_kernel, sum_parts_kernel
-from ssminterp_kernels.selective_scan.triton_backward_plan import BackwardPlan, plan_backward
+from ssminterp_kernels.selective_scan.triton_backward_plan import GRAIN, BackwardPlan, plan_backward
 from ssminterp_kernels.selective_scan.triton_chunks import clear_kernel
 from ssminterp_kernels.selective_scan.triton_forward import scan_forward_kernel
-from ssminterp_kernels.selective_scan.triton_layouts import forward_layouts_of, layouts_of, parts_of
+from ssminterp_kernels.selective_scan.triton_layouts import (
+    forward_layouts_of,
+    lanes_of_a_channel,
+    layouts_of,
+    parts_of,
+)
 from ssminterp_kernels.selective_scan.triton_plan import (
     Plan,
-    for_trajectories,
+    for_all_states,
     plan_scan,
     processor_count,
 )
@@ -140,14 +145,14 @@ def position_table(positions: Tensor | None) -> tuple[Any, ...] | None:
     return None if positions is None else (positions, positions.shape[0])
 
 
-def forward_plan(s: ScanTensors) -> Plan:
-    """How the forward pass covers s."""
+def forward_plan(s: ScanTensors, save: bool = False) -> Plan:
+    """How the forward pass covers s; save: for a backward pass, too."""
     batch, length, d_inner = s.x.shape
     sizes = (batch, length, d_inner, s.A.shape[1], s.B.shape[2], processor_count(s.x.device))
     # Chunks of several waves: while some wait for the state before them, others have it; the more if many bytes wait.
-    wanted = 48 if s.record_all else 24
-    plan = plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=wanted, widest_block=64)
-    return for_trajectories(plan) if s.record_all else plan
+    wanted = 96 if s.record_all else 24
+    plan = plan_scan(*sizes, unroll=GRAIN, enough_warps=3, warps_wanted=wanted, widest_block=64)
+    return for_all_states(plan, length, save) if s.record_all else plan
 
 
 def backward_plan(s: ScanTensors, batch: int | None = None) -> BackwardPlan:
@@ -207,7 +212,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
     s = _grouped(ScanTensors(*fields))
     batch, length, _ = s.x.shape
     d_state = s.A.shape[1]
-    plan = forward_plan(s)
+    plan = forward_plan(s, save)
     y = torch.empty_like(s.x)
     n_recorded = length if s.record_all else 0 if s.recorded is None else s.recorded.shape[0]
     states = None
@@ -232,6 +237,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
         flags = torch.empty(2 * plan.programs(batch), dtype=torch.int32, device=s.x.device)
         launch(clear_kernel, (-(-flags.shape[0] // 1024),), flags, flags.shape[0], BLOCK=1024, num_warps=4)
     tensors = (s.x, s.delta, s.z, s.A, s.B, s.C, s.D, s.bias, start)
+    states_of_a_thread = min(plan.per_thread, plan.block_n)
+    # Where few warps are at work, or states are recorded again and again, waiting for one another costs more.
+    within_warps = not s.record_all and (plan.max_registers == 255 or recorded is not None)
     launch(
         scan_forward_kernel,
         (plan.programs(-(-batch // plan.elements)),),
@@ -240,16 +248,34 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
         *(strided(y), strided(states), strided(boundaries), strided_state(final_state)),
         *(strided(decays), strided(locals_), strided(ends), flags, segments_chunk),
         *(batch, plan.elements, *placement(plan, length), d_state),
-        POS=strides_of_pos(s.x, s.delta, s.z, s.B, s.C, y),
+        POS=strides_of_pos(s.x, s.delta, s.z, s.B, s.C, y, states if s.record_all else None),
         NUMBERS=(_is_number(s.keep), _is_number(s.add)),
         SOFTPLUS=s.softplus,
         RECORD_ALL=s.record_all,
         SEGMENTS=None if boundaries is None else segments,
         PARTIAL=s.edits is not None or s.recorded is not None or length % plan.unroll != 0,
-        SPARE=plan.max_registers == 255,
-        **tile_options(plan, d_state),
+        # Addresses that stay the same take registers, which edits have to spare and nothing else has.
+        SEVERAL=plan.elements > 1 or (plan.max_registers == 168 and s.edits is None),
+        AHEAD=_edits_ahead(s, plan),
+        STATES=states_of_a_thread,
+        LANES=lanes_of_a_channel(plan.block_n, states_of_a_thread),
+        TOGETHER=min(8, plan.unroll),
+        **tile_options(plan, d_state, within_warps),
     )
     return y, states, final_state, boundaries
+
+
+def _edits_ahead(s: ScanTensors, plan: Plan) -> int:
+    """When the values of an edit are loaded: when it happens (0), with the rows of its tile (1), a tile before (2).
+
+    The earlier, the more registers they take. From memory they come later than from the cache, where values lie that
+    all batch elements share.
+    """
+    if s.keep is None or s.add is None or plan.states_of_a_thread > (8 if s.record_all else 16):
+        return 0
+    if not s.record_all and plan.max_registers != 255:
+        return 0
+    return 1 if s.keep.stride(0) == s.add.stride(0) == 0 else 2
 
 
 def _grouped(s: ScanTensors) -> ScanTensors:
@@ -400,9 +426,10 @@ def adjoint_options(s: ScanTensors, plan: Plan, dy: Tensor, events: bool) -> dic
 
 
 @functools.lru_cache(maxsize=256)
-def tile_options(plan: Plan, d_state: int) -> Mapping[str, Any]:
-    """What the kernels in tiles of positions are told of their plan."""
-    layouts = forward_layouts_of(plan.block_d, plan.block_n, plan.unroll, plan.num_warps, plan.per_thread)
+def tile_options(plan: Plan, d_state: int, within_warps: bool = False) -> Mapping[str, Any]:
+    """What the kernels in tiles of positions are told of their plan; within_warps: see `forward_layouts_of`."""
+    sizes = (plan.block_d, plan.block_n, plan.unroll, plan.num_warps, plan.per_thread)
+    layouts = forward_layouts_of(*sizes, within_warps=within_warps)
     return {
         **{"BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "UNROLL": plan.unroll, "num_warps": plan.num_warps},
         **{name.upper(): layout for name, layout in layouts._asdict().items()},
