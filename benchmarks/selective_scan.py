@@ -27,13 +27,9 @@ from torch import Tensor
 from ssminterp_kernels.selective_scan import StateEdits
 from ssminterp_kernels.selective_scan.adjoint import adjoint_states
 from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
-from ssminterp_kernels.selective_scan.triton_scan import (
-    backward_plan,
-    forward_plan,
-    scan_backward,
-    scan_forward,
-    scan_tensors,
-)
+from ssminterp_kernels.selective_scan.triton_gradients import backward_plan, scan_backward
+from ssminterp_kernels.selective_scan.triton_scan import forward_plan, scan_forward
+from ssminterp_kernels.selective_scan.triton_tensors import scan_tensors
 
 D_STATE = 16
 # (batch, pos, d_inner): ceilings in ms for float32 forward, backward, bfloat16 forward, backward (issue 3).

@@ -30,7 +30,9 @@ from ssminterp.patching.results import Baselines
 from ssminterp.patching.stages import embedded, every_A
 from ssminterp_kernels.causal_conv.triton_conv import conv_backward, conv_forward
 from ssminterp_kernels.residual import add_and_norm, norm, norm_backward
-from ssminterp_kernels.selective_scan.triton_scan import ScanTensors, scan_backward, scan_forward
+from ssminterp_kernels.selective_scan.triton_gradients import scan_backward
+from ssminterp_kernels.selective_scan.triton_scan import scan_forward
+from ssminterp_kernels.selective_scan.triton_tensors import ScanTensors
 
 
 def suits_stages(model: HookedMamba) -> bool:

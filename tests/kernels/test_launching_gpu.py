@@ -20,7 +20,7 @@ from ssminterp_kernels.selective_scan.contract import ScanRun, contract_with_adj
 pytest.importorskip("triton")
 
 from ssminterp_kernels.causal_conv import triton_conv
-from ssminterp_kernels.selective_scan import triton_scan
+from ssminterp_kernels.selective_scan import triton_gradients, triton_scan
 
 pytestmark = pytest.mark.gpu
 
@@ -168,7 +168,7 @@ def test_launches_go_to_the_device_of_their_tensors() -> None:
 def test_the_operators_are_repeated() -> None:
     """Whatever they come to do besides allocating and launching would keep them from it, and show in no result."""
     marked: tuple[Any, ...] = (
-        *(scan_interface._final_state_alone, triton_scan._forward, triton_scan._backward),
+        *(scan_interface._final_state_alone, triton_scan._forward, triton_gradients._backward),
         *(contract._contract_again, conv_interface._conv_again, conv_interface._step_again),
         *(triton_conv.conv_forward, triton_conv._backward, step_interface._step_again),
     )

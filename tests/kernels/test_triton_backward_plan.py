@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
-from ssminterp_kernels.selective_scan import triton_scan
+from ssminterp_kernels.selective_scan import triton_gradients, triton_scan, triton_tensors
 from ssminterp_kernels.selective_scan.triton_backward_plan import BackwardPlan, plan_backward
 
 SHAPES = ((8, 512, 2048), (1, 16384, 2048), (8, 2048, 5120))
@@ -122,8 +122,9 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_peak_memory_is_a_twentieth_of_all_states(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted in what is allocated, by tensors without memory and with no launches."""
-    monkeypatch.setattr(triton_scan, "launch", lambda *_, **__: None)
-    monkeypatch.setattr(triton_scan, "processor_count", lambda _: 132)
+    for module in (triton_scan, triton_gradients):
+        monkeypatch.setattr(module, "launch", lambda *_, **__: None)
+        monkeypatch.setattr(module, "processor_count", lambda _: 132)
     batch, length, d_inner = shape
     empty = functools.partial(torch.empty, device="meta")
     x, delta, z = (empty(shape) for _ in range(3))
@@ -132,7 +133,7 @@ def test_peak_memory_is_a_twentieth_of_all_states(shape: tuple[int, int, int], m
     given_ = (x, delta, empty(d_inner, 16), B, C, D, z, bias, None, None, None, None, None, True, False, torch.float32)
     final_state, boundaries = triton_scan._forward.__wrapped__(*given_, True, None, None)[2:]  # type: ignore[attr-defined]
     with Allocations() as allocations:
-        gradients = triton_scan._backward.__wrapped__(*given_, boundaries, x, None, final_state, True)  # type: ignore[attr-defined]
+        gradients = triton_gradients._backward.__wrapped__(*given_, boundaries, x, None, final_state, True)  # type: ignore[attr-defined]
     outputs = sum(gradient.nbytes for gradient in gradients if gradient is not None)
     extra = boundaries.nbytes + allocations.n_bytes - outputs
     assert 0.02 <= extra / (16 * x.nbytes) <= 0.05
@@ -147,14 +148,14 @@ def test_peak_memory_on_a_gpu_is_what_was_planned() -> None:
     x, delta, z = (new(batch, length, d_inner) for _ in range(3))
     B, C = (new(batch, length, 16) for _ in range(2))
     tensors = (x, delta, -new(d_inner, 16).exp(), B, C, new(d_inner), z, new(d_inner))
-    s = triton_scan.ScanTensors(*tensors, None, None, None, None, None, True, False, torch.float32)
+    s = triton_tensors.ScanTensors(*tensors, None, None, None, None, None, True, False, torch.float32)
     _, _, final_state, boundaries = triton_scan.scan_forward(s, save=True)
     assert boundaries is not None
     for _ in range(2):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        gradients = triton_scan.scan_backward(s, boundaries, x, None, final_state)
+        gradients = triton_gradients.scan_backward(s, boundaries, x, None, final_state)
         outputs = torch.cuda.memory_allocated() - before
         extra = boundaries.nbytes + torch.cuda.max_memory_allocated() - before - outputs
         del gradients

@@ -19,7 +19,7 @@ from scan_cases import ScanCase, random_scan_inputs  # noqa: E402
 
 from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments  # noqa: E402
 from ssminterp_kernels.selective_scan.triton_ops import scan_op  # noqa: E402
-from ssminterp_kernels.selective_scan.triton_scan import scan_tensors  # noqa: E402
+from ssminterp_kernels.selective_scan.triton_tensors import scan_tensors  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 CASES = (

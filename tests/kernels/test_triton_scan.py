@@ -126,13 +126,13 @@ def test_gradient_of_one_output_alone(output: str) -> None:
 def test_chunks_equal_one_pass(
     chunk_length: int, states: tuple[int, ...] | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ssminterp_kernels.selective_scan import triton_scan
+    from ssminterp_kernels.selective_scan import triton_scan, triton_tensors
     from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
 
     case = ScanCase(length=101, batch=1, d_inner=2, d_state=3, edit_positions=(3, 40, 47), states=states)  # type: ignore[arg-type]
     inputs = random_scan_inputs(case, device=DEVICE)
     chosen = triton_scan.forward_plan
-    s = triton_scan.scan_tensors(check_arguments(ScanArguments(**inputs)))
+    s = triton_tensors.scan_tensors(check_arguments(ScanArguments(**inputs)))
     outputs = []
     for length in (104, chunk_length):
         changes = {"chunk_length": length, "n_chunks": -(-case.length // length)}
@@ -147,7 +147,7 @@ def test_chunks_equal_one_pass(
 
 
 def test_backward_of_a_part_of_the_batch_needs_to_be_foreseen() -> None:
-    from ssminterp_kernels.selective_scan import triton_scan
+    from ssminterp_kernels.selective_scan import triton_gradients, triton_scan, triton_tensors
     from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
 
     case = ScanCase(length=60, batch=2 if not HAS_GPU else 200, d_inner=2, d_state=2, states=None)
@@ -156,24 +156,24 @@ def test_backward_of_a_part_of_the_batch_needs_to_be_foreseen() -> None:
     of_part = inputs | {
         name: value[:part] for name, value in inputs.items() if name in ("x", "delta", "z", "B", "C", "initial_state")
     }
-    whole, half = (triton_scan.scan_tensors(check_arguments(ScanArguments(**given))) for given in (inputs, of_part))
+    whole, half = (triton_tensors.scan_tensors(check_arguments(ScanArguments(**given))) for given in (inputs, of_part))
     y, _, _, of_all = triton_scan.scan_forward(whole, save=True)
     _, _, _, of_half = triton_scan.scan_forward(whole, save=True, batch=part)
-    expected = triton_scan.scan_backward(half, triton_scan.scan_forward(half, save=True)[3], y[:part], None, None)
+    expected = triton_gradients.scan_backward(half, triton_scan.scan_forward(half, save=True)[3], y[:part], None, None)
     assert of_all is not None
     assert of_half is not None
-    ours = triton_scan.scan_backward(half, of_half[:part], y[:part], None, None)
+    ours = triton_gradients.scan_backward(half, of_half[:part], y[:part], None, None)
     for name, gradient in expected.items():
         assert (gradient is None) == (ours[name] is None)
         assert gradient is None or relative_error(ours[name], gradient) <= 1e-5, name
     with pytest.raises(ValueError, match="tell scan_forward of the batch"):
-        triton_scan.scan_backward(half, of_all[:part, :-1], y[:part], None, None)
+        triton_gradients.scan_backward(half, of_all[:part, :-1], y[:part], None, None)
 
 
 @pytest.mark.parametrize("states", ["all", (0, 2)])
 def test_programs_of_several_batch_elements(states: tuple[int, ...] | str) -> None:
     """Each element begins with its own state and its own first edit."""
-    from ssminterp_kernels.selective_scan import triton_scan
+    from ssminterp_kernels.selective_scan import triton_scan, triton_tensors
     from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
 
     batch = 5000 if HAS_GPU else 17
@@ -181,7 +181,7 @@ def test_programs_of_several_batch_elements(states: tuple[int, ...] | str) -> No
     case = ScanCase(batch=batch, length=3, d_inner=1, d_state=2, edit_positions=edits, states=states)  # type: ignore[arg-type]
     inputs = random_scan_inputs(case, device=DEVICE)
     with torch.no_grad():
-        s = triton_scan.scan_tensors(check_arguments(ScanArguments(**inputs)))
+        s = triton_tensors.scan_tensors(check_arguments(ScanArguments(**inputs)))
         assert triton_scan.forward_plan(s).elements > 1
         ours = selective_scan(**inputs, backend="triton")
         expected = reference(**in_float64(inputs))

@@ -16,6 +16,7 @@ from torch import Tensor
 from ssminterp_kernels.launching import launch
 from ssminterp_kernels.selective_scan.arguments import ScanArguments
 from ssminterp_kernels.selective_scan.triton_adjoint import scan_adjoint_kernel
+from ssminterp_kernels.selective_scan.triton_gradients import adjoint_options, futures_of_chunks
 from ssminterp_kernels.selective_scan.triton_layouts import (
     channel_numbers,
     forward_layouts_of,
@@ -33,11 +34,9 @@ from ssminterp_kernels.selective_scan.triton_loads import count_before, load_til
 from ssminterp_kernels.selective_scan.triton_math import LOG2E, gated, step_size
 from ssminterp_kernels.selective_scan.triton_plan import Plan, for_all_adjoints, plan_scan, processor_count
 from ssminterp_kernels.selective_scan.triton_rows import load_block, load_per_channel, load_weights, position_before
-from ssminterp_kernels.selective_scan.triton_scan import (
+from ssminterp_kernels.selective_scan.triton_tensors import (
     ScanTensors,
-    adjoint_options,
     edit_table,
-    futures_of_chunks,
     new_states,
     placement,
     position_table,

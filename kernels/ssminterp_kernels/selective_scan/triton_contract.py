@@ -18,6 +18,7 @@ from torch import Tensor
 from ssminterp_kernels.launching import launch, repeated
 from ssminterp_kernels.selective_scan.arguments import ScanArguments
 from ssminterp_kernels.selective_scan.triton_backward_plan import plan_chunks
+from ssminterp_kernels.selective_scan.triton_gradients import futures_of_chunks, sum_parts
 from ssminterp_kernels.selective_scan.triton_math import (
     advance,
     channel_rows,
@@ -31,16 +32,14 @@ from ssminterp_kernels.selective_scan.triton_math import (
     weight_rows,
 )
 from ssminterp_kernels.selective_scan.triton_plan import processor_count
-from ssminterp_kernels.selective_scan.triton_scan import (
+from ssminterp_kernels.selective_scan.triton_scan import scan_forward
+from ssminterp_kernels.selective_scan.triton_tensors import (
     ScanTensors,
-    futures_of_chunks,
     placement,
-    scan_forward,
     scan_tensors,
     strided,
     strided_state,
     strides_of_pos,
-    sum_parts,
 )
 
 SEGMENT = 32  # positions between the states that are saved

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssminterp_kernels.selective_scan import triton_scan
+from ssminterp_kernels.selective_scan.triton_gradients import backward_plan, scan_backward
+from ssminterp_kernels.selective_scan.triton_scan import scan_forward
+from ssminterp_kernels.selective_scan.triton_tensors import ScanTensors, new_states
 
 _INPUTS = (
     "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? initial_state, "
@@ -26,33 +28,33 @@ _BACKWARD_SCHEMA = f"({_INPUTS}, Tensor boundaries, Tensor? dy, Tensor? dstates,
 def scan_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, states, final_state and the states before segments; see `triton_scan.scan_forward`."""
     *fields, save = arguments
-    s = triton_scan.ScanTensors(*fields)
-    y, states, final_state, boundaries = triton_scan.scan_forward(s, save)
+    s = ScanTensors(*fields)
+    y, states, final_state, boundaries = scan_forward(s, save)
     return y, _or_empty(states, s), final_state, _or_empty(boundaries, s)
 
 
 @scan_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *fields, save = arguments
-    s = triton_scan.ScanTensors(*fields)
+    s = ScanTensors(*fields)
     batch, length, _ = s.x.shape
     states = boundaries = None
     if s.record_all or s.recorded is not None:
         n_recorded = length if s.recorded is None else s.recorded.shape[0]
-        states = triton_scan.new_states(s, batch, n_recorded, dtype=s.states_dtype)
-    n_boundaries = triton_scan.backward_plan(s).boundaries if save else 0
+        states = new_states(s, batch, n_recorded, dtype=s.states_dtype)
+    n_boundaries = backward_plan(s).boundaries if save else 0
     if n_boundaries:
-        boundaries = triton_scan.new_states(s, batch, n_boundaries)
-    final_state = triton_scan.new_states(s, batch)
+        boundaries = new_states(s, batch, n_boundaries)
+    final_state = new_states(s, batch)
     return torch.empty_like(s.x), _or_empty(states, s), final_state, _or_empty(boundaries, s)
 
 
 @torch.library.custom_op("ssminterp::selective_scan_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
 def scan_backward_op(*arguments: Any) -> list[Tensor]:
-    """The gradients of all tensors of the scan, in the order of `ScanTensors`; see `triton_scan.scan_backward`."""
+    """The gradients of all tensors of the scan, in the order of `ScanTensors`; see `triton_gradients.scan_backward`."""
     *fields, boundaries, dy, dstates, dfinal = arguments
-    s = triton_scan.ScanTensors(*fields)
-    gradients = triton_scan.scan_backward(s, boundaries if boundaries.numel() else None, dy, dstates, dfinal)
+    s = ScanTensors(*fields)
+    gradients = scan_backward(s, boundaries if boundaries.numel() else None, dy, dstates, dfinal)
     # Outputs of an operator may not share memory, and those of A, B, C, D and bias are parts of sums made together.
     apart = {
         name: g.clone() if name in ("A", "B", "C", "D", "bias") and g is not None else g
@@ -63,7 +65,7 @@ def scan_backward_op(*arguments: Any) -> list[Tensor]:
 
 @scan_backward_op.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    s = triton_scan.ScanTensors(*arguments[:16])
+    s = ScanTensors(*arguments[:16])
     batch = s.x.shape[0]
     like = {
         name: torch.empty_like(t) for name, t in s._asdict().items() if name in ("x", "delta", "z") and t is not None
@@ -74,13 +76,13 @@ def _(*arguments: Any) -> list[Tensor]:
         if name in ("A", "B", "C", "D", "bias") and t is not None
     }
     if s.initial_state is not None:
-        like["initial_state"] = triton_scan.new_states(s, batch)
+        like["initial_state"] = new_states(s, batch)
     if s.edits is not None:
-        like |= {name: triton_scan.new_states(s, batch, s.edits.shape[1]) for name in ("keep", "add")}
+        like |= {name: new_states(s, batch, s.edits.shape[1]) for name in ("keep", "add")}
     return [_or_empty(like.get(name), s) for name in s._fields[:13]]
 
 
-def _or_empty(tensor: Tensor | None, s: triton_scan.ScanTensors) -> Tensor:
+def _or_empty(tensor: Tensor | None, s: ScanTensors) -> Tensor:
     return s.x.new_empty(0) if tensor is None else tensor
 
 
