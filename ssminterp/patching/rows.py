@@ -31,9 +31,7 @@ from ssminterp.patching.stages import Past, ScanInputs, Stages, embedded, every_
 from ssminterp.patching.tiles import Pile, Rows
 from ssminterp_kernels.rows import Packing
 
-# Where a change takes hold in its own layer. All other hooks come after the state.
-BEFORE_CONV = ("resid_pre", "mixer_in", "in_x")
-BEFORE_STATE = ("conv_taps", "conv", "x", "delta", "B")
+# Hooks whose changes make another state of the one before.
 OF_STATE = ("A_bar", "B_bar", "state")
 
 

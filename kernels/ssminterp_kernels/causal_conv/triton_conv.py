@@ -17,6 +17,7 @@ from ssminterp_kernels.causal_conv.triton_conv_kernels import (
 )
 from ssminterp_kernels.launching import launch, repeated
 from ssminterp_kernels.selective_scan.triton_gradients import sum_parts
+from ssminterp_kernels.selective_scan.triton_plan import next_power_of_2
 
 # Enough to fill a GPU several times over; of more, each goes through several tiles.
 _PROGRAMS = 8192
@@ -72,11 +73,7 @@ def _strided(tensor: Tensor | None) -> tuple[Any, ...] | None:
 
 def _tiles(x: Tensor, longest: int) -> dict[str, int]:
     length, d_inner = x.shape[1:]
-    return {"BLOCK_T": min(longest, _next_power_of_2(length)), "BLOCK_D": min(64, max(32, _next_power_of_2(d_inner)))}
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    return {"BLOCK_T": min(longest, next_power_of_2(length)), "BLOCK_D": min(64, max(32, next_power_of_2(d_inner)))}
 
 
 @repeated

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ssminterp_kernels.residual.triton_residual_kernels import add_and_norm_kernel, norm_backward_kernel
+from ssminterp_kernels.selective_scan.triton_plan import next_power_of_2
 from ssminterp_kernels.sized_launching import Sized
 
 _add_and_norm, _norm_backward = Sized(add_and_norm_kernel), Sized(norm_backward_kernel)
@@ -77,7 +78,7 @@ def _launch(
         (resid, added, weight, into, normed, origins),
         (width,),
         (tokens if origins is None else tokens - len(origins), tokens - whole),
-        (epsilon, _power_of_2(width)),
+        (epsilon, next_power_of_2(width)),
         num_warps=4,
     )
 
@@ -102,11 +103,7 @@ def norm_backward(
         (later, dnormed, resid, weight, gradient, rounded),
         (width,),
         (),
-        (epsilon, _power_of_2(width)),
+        (epsilon, next_power_of_2(width)),
         num_warps=4,
     )
     return gradient, gradient if rounded is None else rounded
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -12,6 +12,7 @@ from torch import Tensor
 from ssminterp_kernels.rows.mixer_stages import Early, Recorded
 from ssminterp_kernels.rows.packing import Packing
 from ssminterp_kernels.rows.triton_kernels import conv_rows_kernel, conv_tokens_kernel, scan_rows_kernel
+from ssminterp_kernels.selective_scan.triton_plan import next_power_of_2
 from ssminterp_kernels.sized_launching import Sized
 
 _BLOCK_D, _WARPS = 64, 2
@@ -59,7 +60,7 @@ def conv_rows(
     tiles, n_own, d_inner = own.shape
     y = torch.empty(tiles, n_out, d_inner, dtype=own.dtype, device=own.device)
     starts, _, rows, positions = packing.on(own.device)
-    block_t, block_d = 16, min(64, max(32, _power_of_2(d_inner)))
+    block_t, block_d = 16, min(64, max(32, next_power_of_2(d_inner)))
     n_blocks = -(-d_inner // block_d)
     _conv_rows(
         tiles * -(-n_out // block_t) * n_blocks,
@@ -90,7 +91,7 @@ def conv_tokens(
     """
     tokens, d_inner = inputs.shape
     y = torch.empty(tokens, d_inner, dtype=inputs.dtype, device=inputs.device)
-    block_t, block_d = 16, min(64, max(32, _power_of_2(d_inner)))
+    block_t, block_d = 16, min(64, max(32, next_power_of_2(d_inner)))
     n_blocks = -(-d_inner // block_d)
     _conv_tokens(
         -(-tokens // block_t) * n_blocks,
@@ -135,7 +136,7 @@ def scan_rows(
     before = (past, 0, past.stride(0)) if states is None else (states, states.stride(0), states.stride(1))
     reach = packing.reach_of(own.x.shape[1]) if own is not None else 1
     n_blocks = -(-d_inner // _BLOCK_D)
-    block_n = _power_of_2(d_state)
+    block_n = next_power_of_2(d_state)
     _scan_rows(
         tiles * packing.n * n_blocks,
         (
@@ -164,7 +165,3 @@ def _tiled(tensor: Tensor | None) -> tuple[Any, ...] | None:
 
 def _inputs(inputs: Early | None) -> tuple[tuple[Any, ...] | None, ...]:
     return (None,) * 4 if inputs is None else tuple(_tiled(tensor) for tensor in inputs[:4])
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -11,6 +11,7 @@ from ssminterp_kernels.backends import on_device_of
 from ssminterp_kernels.launching import launch, repeated
 from ssminterp_kernels.scan_step.tensors import StepTensors
 from ssminterp_kernels.scan_step.triton_step_kernel import scan_step_kernel
+from ssminterp_kernels.selective_scan.triton_plan import next_power_of_2
 
 _TILE = 512  # numbers of the state in one program
 
@@ -45,7 +46,7 @@ def scan_step(
     """y of one position; writes the state after it into `after`, which may be `state`."""
     (batch, d_inner), d_state, n_groups = x.shape, A.shape[1], B.shape[1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block_n = 1 << (d_state - 1).bit_length()
+    block_n = next_power_of_2(d_state)
     block_d = max(1, _TILE // block_n)
     n_blocks = -(-d_inner // block_d)
     with on_device_of(x):

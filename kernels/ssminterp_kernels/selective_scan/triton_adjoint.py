@@ -205,14 +205,12 @@ def scan_adjoint_kernel(
 
 @triton.jit(do_not_specialize=["n_chunks"])
 @no_type_check
-def combine_chunks_kernel(
-    decays, locals_, start, n_chunks, d_state, whole, BACKWARD: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr
-):
-    """Overwrite locals_ [batch, n_chunks, d_inner × d_state] by the state with which every chunk begins.
+def combine_chunks_kernel(decays, locals_, start, n_chunks, d_state, whole, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
+    """Overwrite locals_ [batch, n_chunks, d_inner × d_state] by the adjoint with which every chunk begins, its last
+    position first.
 
-    start: the state before the first chunk, as (pointer, strides of batch, d_inner, d_state), or None for zeros.
-    BACKWARD runs from the last chunk to the first, for adjoints. AHEAD chunks are loaded before any is written, because
-    no load moves ahead of a store that it might depend on.
+    start: the adjoint behind the last chunk, as (pointer, strides of batch, d_inner, d_state), or None for zeros.
+    AHEAD chunks are loaded before any is written, because no load moves ahead of a store that it might depend on.
     """
     batch = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -225,20 +223,19 @@ def combine_chunks_kernel(
         state = tl.load(start[0] + batch * start[1] + d * start[2] + n * start[3], mask=inside, other=0.0).to(
             tl.float32
         )
-    # The effect of the last chunk was not computed: its place only takes a state.
+    # The effect of the first chunk was not computed: its place only takes an adjoint.
     for k in tl.range(0, n_chunks - 1, AHEAD):
         effects = ()
         for u in tl.static_range(AHEAD):
-            chunk = n_chunks - 1 - k - u if BACKWARD else k + u
+            chunk = n_chunks - 1 - k - u
             at = (batch * n_chunks + chunk) * whole + i
             there = inside & (k + u < n_chunks - 1)
             effects = effects + (tl.load(decays + at, mask=there, other=0.0),)
             effects = effects + (tl.load(locals_ + at, mask=there, other=0.0),)
         for u in tl.static_range(AHEAD):
-            chunk = n_chunks - 1 - k - u if BACKWARD else k + u
+            chunk = n_chunks - 1 - k - u
             at = (batch * n_chunks + chunk) * whole + i
             there = inside & (k + u < n_chunks - 1)
             tl.store(locals_ + at, state, mask=there)
             state = tl.where(there, effects[2 * u] * state + effects[2 * u + 1], state)
-    last = 0 if BACKWARD else n_chunks - 1
-    tl.store(locals_ + (batch * n_chunks + last) * whole + i, state, mask=inside)
+    tl.store(locals_ + batch * n_chunks * whole + i, state, mask=inside)

@@ -14,7 +14,7 @@ from ssminterp_kernels.selective_scan.triton_backward import scan_backward_kerne
 from ssminterp_kernels.selective_scan.triton_backward_plan import BackwardPlan, plan_backward
 from ssminterp_kernels.selective_scan.triton_chunks import clear_kernel
 from ssminterp_kernels.selective_scan.triton_layouts import layouts_of, parts_of
-from ssminterp_kernels.selective_scan.triton_plan import Plan, processor_count
+from ssminterp_kernels.selective_scan.triton_plan import Plan, next_power_of_2, processor_count
 from ssminterp_kernels.selective_scan.triton_tensors import (
     ScanTensors,
     edit_table,
@@ -196,7 +196,7 @@ def futures_of_chunks(
         *(strided(decays), strided(futures)),
         **options,
     )
-    _combine(decays, futures, dfinal, backward=True)
+    _combine(decays, futures, dfinal)
     return futures
 
 
@@ -217,8 +217,8 @@ def adjoint_options(s: ScanTensors, plan: Plan, dy: Tensor, events: bool) -> dic
     }
 
 
-def _combine(decays: Tensor, locals_: Tensor, start: Tensor | None, backward: bool) -> None:
-    """Turn locals_ [batch, n_chunks, d_inner, d_state] into the state with which every chunk begins."""
+def _combine(decays: Tensor, locals_: Tensor, start: Tensor | None) -> None:
+    """Turn locals_ [batch, n_chunks, d_inner, d_state] into the adjoint with which every chunk begins."""
     batch, n_chunks, d_inner, d_state = locals_.shape
     whole = d_state * d_inner
     block = 128
@@ -226,7 +226,6 @@ def _combine(decays: Tensor, locals_: Tensor, start: Tensor | None, backward: bo
         combine_chunks_kernel,
         ((whole + block - 1) // block, batch),
         *(decays, locals_, strided(start), n_chunks, d_state, whole),
-        BACKWARD=backward,
         BLOCK=block,
         AHEAD=8,
         num_warps=4,
@@ -236,11 +235,11 @@ def _combine(decays: Tensor, locals_: Tensor, start: Tensor | None, backward: bo
 def sum_parts(parts: Tensor, rows: int, n_parts: int, width: int, dtype: torch.dtype) -> Tensor:
     """[rows, n_parts, width], contiguous, summed over its middle axis in a fixed order."""
     out = torch.empty(rows, width, dtype=dtype, device=parts.device)
-    block_w = min(128, 1 << (width - 1).bit_length())
+    block_w = min(128, next_power_of_2(width))
     # Few programs with long rows would each wait for memory many times over.
     while block_w > 32 and rows * -(-width // block_w) < 8 * processor_count(parts.device):
         block_w //= 2
-    block_p = min(2048 // block_w, 1 << (n_parts - 1).bit_length())
+    block_p = min(2048 // block_w, next_power_of_2(n_parts))
     launch(
         sum_parts_kernel,
         (rows, -(-width // block_w)),

@@ -63,9 +63,9 @@ def plan_scan(
     A chunk is a multiple of `unroll` positions. Remembered, because it would take a tenth of a short call's time.
     """
     group_size = d_inner // n_groups
-    block_n = _next_power_of_2(d_state)
+    block_n = next_power_of_2(d_state)
     # At least a warp's width even of fewer channels: on tiles of a few half-precision numbers Triton's compiler fails.
-    block_d = max(32, min(widest_block, _next_power_of_2(group_size)))
+    block_d = max(32, min(widest_block, next_power_of_2(group_size)))
     num_warps = max(1, min(8, block_n // 32)) * (block_d // 32)
     n_blocks = n_groups * ceil_div(group_size, block_d)
     warps_in_one_pass = batch * n_blocks * num_warps
@@ -157,7 +157,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _next_power_of_2(n: int) -> int:
+def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 

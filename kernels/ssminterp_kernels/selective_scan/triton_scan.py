@@ -16,7 +16,7 @@ from ssminterp_kernels.selective_scan.triton_chunks import clear_kernel
 from ssminterp_kernels.selective_scan.triton_forward import scan_forward_kernel
 from ssminterp_kernels.selective_scan.triton_gradients import backward_plan, gradients
 from ssminterp_kernels.selective_scan.triton_layouts import lanes_of_a_channel
-from ssminterp_kernels.selective_scan.triton_plan import Plan, for_all_states, plan_scan, processor_count
+from ssminterp_kernels.selective_scan.triton_plan import Plan, ceil_div, for_all_states, plan_scan, processor_count
 from ssminterp_kernels.selective_scan.triton_tensors import (
     ScanTensors,
     edit_table,
@@ -94,11 +94,12 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
     boundaries = segments = None
     segments_chunk = length
     if save:
-        backward = backward_plan(s, elements)
-        segments, n_boundaries = (backward.head, backward.segment), backward.boundaries
-        segments_chunk = backward.chunk_length
-        if every is not None:
-            segments, n_boundaries = (every, every), -(-length // every)
+        if every is None:
+            backward = backward_plan(s, elements)
+            segments, n_boundaries = (backward.head, backward.segment), backward.boundaries
+            segments_chunk = backward.chunk_length
+        else:
+            segments, n_boundaries = (every, every), ceil_div(length, every)
             segments_chunk = n_boundaries * every
         boundaries = new_states(s, batch, n_boundaries) if n_boundaries > 1 else None
     recorded = position_table(s.recorded) if n_recorded else None
@@ -109,7 +110,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
         flags = torch.empty(2 * plan.programs(batch), dtype=torch.int32, device=s.x.device)
         launch(clear_kernel, (-(-flags.shape[0] // 1024),), flags, flags.shape[0], BLOCK=1024, num_warps=4)
     tensors = (s.x, s.delta, s.z, s.A, s.B, s.C, s.D, s.bias, start)
-    states_of_a_thread = min(plan.per_thread, plan.block_n)
+    of_a_channel = min(plan.per_thread, plan.block_n)  # states that a thread holds
     # Where few warps are at work, or states are recorded again and again, waiting for one another costs more.
     within_warps = not s.record_all and (plan.max_registers == 255 or recorded is not None)
     launch(
@@ -129,8 +130,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
         # Addresses that stay the same take registers, which edits have to spare and nothing else has.
         SEVERAL=plan.elements > 1 or (plan.max_registers == 168 and s.edits is None),
         AHEAD=_edits_ahead(s, plan),
-        STATES=states_of_a_thread,
-        LANES=lanes_of_a_channel(plan.block_n, states_of_a_thread),
+        STATES=of_a_channel,
+        LANES=lanes_of_a_channel(plan.block_n, of_a_channel),
         TOGETHER=min(8, plan.unroll),
         **tile_options(plan, d_state, within_warps),
     )
