@@ -85,9 +85,9 @@ def _size(specs: Sequence[HookSpec], cfg: ModelConfig, argument: str) -> int:
 
 
 def _masks(argument: str, groups: Groups, size: int) -> dict[str, Bool[Tensor, " n"] | None]:
+    if groups != "each" and not isinstance(groups, Mapping):
+        raise ValueError(f"{argument} must be 'each' or a mapping of labels to indices, got {groups!r}")
     if isinstance(groups, str):
-        if groups != "each":
-            raise ValueError(f"{argument} must be 'each' or a mapping of labels to indices, got {groups!r}")
         return {str(i): row for i, row in enumerate(torch.eye(size, dtype=torch.bool))}
     if not groups:
         raise ValueError(f"{argument} is empty: name at least one group, or 'each'")

@@ -98,6 +98,7 @@ def test_the_groups_of_a_partition_change_everything_together(
         ({"channels": {"a": []}}, r"channels\['a'\]: \[\] selects nothing of 16"),
         ({"channels": {}}, "channels is empty"),
         ({"channels": "all"}, "'each' or a mapping"),
+        ({"channels": [[0, 1]]}, r"'each' or a mapping of labels to indices, got \[\[0, 1\]\]"),
         ({"hooks": "B", "channels": "each"}, "needs hooks with an axis d_model or d_inner"),
         ({"hooks": ["x", "resid_pre"], "channels": "each"}, "different axes"),
         ({"states": "each"}, "needs hooks with an axis d_state"),
