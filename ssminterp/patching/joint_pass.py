@@ -15,24 +15,28 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ssminterp.models.install import is_watched
+from ssminterp.models.mixers.mamba1 import weights_at_hand
 from ssminterp.models.norm import FusedRMSNorm
 from ssminterp.patching.base_rows import BaseRows
 from ssminterp.patching.changes import Changes, cells_by_place
-from ssminterp.patching.products import linear
+from ssminterp.patching.products import is_plain, linear
 from ssminterp.patching.records import wanted_at
 from ssminterp.patching.request import Sweep
 from ssminterp.patching.rows import Layer
 from ssminterp.patching.sites import Places, Sites, Wanted
 from ssminterp.patching.stage_runs import At, Held, Record, Runs
-from ssminterp.patching.stages import Past, embedded
+from ssminterp.patching.stages import Past, ScanInputs, embedded
 from ssminterp.patching.tiles import Rows
-from ssminterp.patching.triton_stages import Room, TritonStages
+from ssminterp.patching.triton_stages import Room, TritonStages, scan_inputs_of_tokens
 from ssminterp_kernels.residual import Forks, add, add_and_norm, norm
 from ssminterp_kernels.rows import Packing
+from ssminterp_kernels.rows.triton_joint import Fork, JointScan
 from ssminterp_kernels.rows.triton_stages import conv_tokens
 
 # Hooks whose changes take in what the conv does before the sites.
 _OF_WINDOWS = ("mixer_in", "in_x", "conv_taps", "conv")
+# Hooks whose patches the scan itself can make.
+_FORKS = {"state": Fork.STATE, "delta": Fork.DELTA, "B": Fork.B}
 
 
 class Pass(NamedTuple):
@@ -87,10 +91,12 @@ class _Joint:
                 self.keys.setdefault(key[1], []).append(key)
         self.n_shared = self.runs.packing.tokens
         self.table = _Table(sweep, rows.sites, rows.packing, self.n_shared)
-        self.records: dict[tuple[int, ...], Record] = {}
+        self.records: dict[tuple[int, ...], tuple[Record, Tensor]] = {}
         base = embedded(sweep.model, rows.tokens)
         of_runs = self.runs.hidden[0]
         n_tokens = self.n_shared + (1 + len(rows.cells)) * len(base)
+        cfg, n_runs, device = sweep.model.cfg, self.runs.packing.n, base.device
+        self.scan = JointScan(rows.packing, n_runs, self.runs.packing.longest, cfg.d_inner, device)
         self.hidden = base.new_empty(n_tokens, base.shape[1])
         self.behind = torch.empty_like(self.hidden)
         whole = self.whole.get(0, [])
@@ -110,42 +116,70 @@ class _Joint:
 
     def through(self, layer: int) -> None:
         """Bring runs and rows behind a layer, with new rows for its changes and the next one's."""
-        past = self.runs.past(self.normed.device)
-        of_runs = TritonStages(self.blocks[layer], past, self.runs.packing, self.runs.A[layer])
-        mixer: Any = of_runs.mixer
+        mixer, n_tile = self.blocks[layer].mixer, self.packing.tokens
         in_x, gate = linear(mixer.in_proj, self.normed).chunk(2, dim=-1)
-        conv = (self.table.earlier, self.packing.tokens, of_runs.taps, of_runs.conv_bias)
-        x = conv_tokens(in_x, *conv, silu=True)
-        inputs = of_runs.scan_inputs_of(x)
-        keys = self.keys.get(layer, [])
-        n_forks = len(self.rows.first_cells) + sum(len(self.places[key]) for key in keys)
-        n_old = x.shape[0]
-        room = torch.empty(n_old + n_forks * self.packing.tokens, x.shape[1], dtype=x.dtype, device=x.device)
-        run_inputs, run_gate = inputs.map(self._of_runs), self._of_runs(gate)
-        wanted = [self.sources[key] for key in keys if self._short(key) == "state"]
-        record = self._record(of_runs, layer, wanted)
-        run_gated = self._of_runs(room)
-        of_runs.gated(run_inputs, run_gate, record.to_be_written, out=run_gated)
+        with weights_at_hand(mixer.conv1d):
+            taps, conv_bias = mixer.conv1d.weight[:, 0].T, mixer.conv1d.bias
+        x = conv_tokens(in_x, self.table.earlier, n_tile, taps, conv_bias, silu=True)
+        inputs = scan_inputs_of_tokens(mixer, x)
+        keys = self.keys.get(layer, ())
+        forks, cells = self._forks_of_the_scan(keys)
+        n_old, n_forks = len(x), len(self.rows.first_cells) + sum(len(self.places[key]) for key in keys)
+        room = torch.empty(n_old + n_forks * n_tile, x.shape[1], dtype=x.dtype, device=x.device)
+        record, sites = self._record(layer, keys)
+        with weights_at_hand(mixer):
+            A, D = self.runs.A[layer], mixer.D
+            A = mixer.A() if A is None else A
+        bias = mixer.dt_proj.bias if is_plain(mixer.dt_proj) else None
+        self.scan(
+            inputs.x, inputs.delta, A, inputs.B, inputs.C, D, gate, bias, record.to_be_written, sites, forks, room
+        )
+        prepared = 0
+        if n_forks > len(forks):
+            cells, prepared = self._parted(layer, keys, in_x, gate, inputs, room, record)
+        self._write(layer, room, cells, prepared, n_old)
+
+    def _forks_of_the_scan(self, keys: Sequence[tuple[int, int]]) -> tuple[tuple[Fork, ...], list[int]]:
+        """What the scan itself makes of a layer's changes, and their cells: of all of them or none."""
+        if self.rows.first_cells or not self.is_plain_patch or any(self._short(key) not in _FORKS for key in keys):
+            return (), []
+        cells = [self.places[key] for key in keys]
+        return (
+            tuple(_FORKS[self._short(key)] for key, own in zip(keys, cells, strict=True) for _ in own),
+            [cell for own in cells for cell in own],
+        )
+
+    def _parted(
+        self,
+        layer: int,
+        keys: Sequence[tuple[int, int]],
+        in_x: Float[Tensor, "tokens d_inner"],
+        gate: Float[Tensor, "tokens d_inner"],
+        inputs: ScanInputs,
+        room: Float[Tensor, "tokens_and_forks d_inner"],
+        record: Record,
+    ) -> tuple[list[int], int]:
+        """Put what the layer makes of its changes behind the tokens; their cells, the first of which go on from
+        residual streams of their own, and how many these are."""
+        n_old = len(in_x)
+        of_runs = TritonStages(self.blocks[layer], self.runs.past(in_x.device), self.runs.packing, self.runs.A[layer])
         state, *states = record.given()
         of_rows = of_runs.of_rows(Past(self._window(layer, keys, in_x), state), self.packing, Room(room, n_old))
-        row_inputs, row_gate = inputs.map(self._tiles), self._tiles(gate)
-        of_rows.gated(row_inputs, row_gate, out=self._tiles(room))
-        forks: list[int] = []
+        resid, normed, run_in_x, run_gate, run_gated = map(self._of_runs, (self.hidden, self.normed, in_x, gate, room))
+        held = Held(of_runs, resid, normed, run_in_x, run_gate, inputs.map(self._of_runs), run_gated)
+        changes = self._changes(keys, [self._source(held, key, states) for key in keys])
+        resid, normed, row_in_x, row_gate = map(self._tiles, (self.hidden, self.normed, in_x, gate))
+        base = BaseRows(of_rows, resid, normed, row_in_x, row_gate[:1], inputs.map(self._tiles))
+        parted, local = Layer(self.sweep, of_rows, changes).parted(self.rows, base)
+        cells: list[int] = []
         prepared = 0
-        if keys or self.rows.first_cells:
-            resid, normed, run_in_x = (self._of_runs(tensor) for tensor in (self.hidden, self.normed, in_x))
-            held = Held(of_runs, resid, normed, run_in_x, run_gate, run_inputs, run_gated)
-            changes = self._changes(keys, [self._source(held, key, states) for key in keys])
-            resid, normed, row_in_x = (self._tiles(tensor) for tensor in (self.hidden, self.normed, in_x))
-            base = BaseRows(of_rows, resid, normed, row_in_x, row_gate[:1], row_inputs)
-            parted, local = Layer(self.sweep, of_rows, changes).parted(self.rows, base)
-            for fork in parted:
-                forks += fork.cells
-                if fork.resid_pre is not None:
-                    prepared = len(fork.cells)
-                    self._prepare(n_old, fork.resid_pre)
-            self.rows.put_first(local)
-        self._write(layer, room, forks, prepared, n_old)
+        for fork in parted:
+            cells += fork.cells
+            if fork.resid_pre is not None:
+                prepared = len(fork.cells)
+                self._prepare(n_old, fork.resid_pre)
+        self.rows.put_first(local)
+        return cells, prepared
 
     def _prepare(self, n_old: int, resid_pre: Float[Tensor, "tiles n d_model"]) -> None:
         """Put the residual streams of forks that differ from the base's there behind the others."""
@@ -179,15 +213,18 @@ class _Joint:
         window = self.runs.at(self.windows[layer].places).of_tokens(in_x[None, : self.n_shared])
         return window.unflatten(0, (self.packing.n, -1))
 
-    def _record(self, stages: TritonStages, layer: int, sources: Sequence[Wanted]) -> Record:
-        """What the runs' scan writes down: the same memory for all layers, which read it before the next one writes."""
-        wanted = [self.states[layer], *sources]
-        key = tuple(id(one.places) for one in wanted)
-        if key not in self.records:
-            record = self.runs.record(stages, wanted)
-            assert record is not None
-            self.records[key] = record
-        return self.records[key]
+    def _record(self, layer: int, keys: Sequence[tuple[int, int]]) -> tuple[Record, Int[Tensor, "n 3"]]:
+        """What the runs' scan writes down, and of every row what it finds there, as `JointScan` takes it: the same
+        memory for all layers, which read it before the next one writes."""
+        sources = [self.sources[key].places for key in keys if self._short(key) == "state"]
+        wanted = self.states[layer].places, *sources
+        known = tuple(map(id, wanted))
+        if known not in self.records:
+            record = self.runs.record_at(wanted, self.hidden.device)
+            of_source = self.sites.position * self.runs.packing.n + self.sites.example
+            sites = torch.stack([record.wanted.places[0], record.wanted.places[-1], of_source], dim=1).int()
+            self.records[known] = record, sites.to(self.hidden.device, non_blocking=True)
+        return self.records[known]
 
     def _source(self, held: Held, key: tuple[int, int], states: list[Tensor]) -> Tensor:
         short = self._short(key)

@@ -93,7 +93,8 @@ def plan_jobs(sweep: Sweep, done: Bool[Tensor, "cells columns"], n_reads: int, l
     for first in range(0, columns, columns_per_job):
         block = list(range(first, min(first + columns_per_job, columns)))
         # Layers innermost but selections: neighbouring cells then share most of the way through the model.
-        todo = [cell for cell in _by_layer(sweep) if not done[cell, block].all()]
+        finished = done[:, block].all(1).tolist()
+        todo = [cell for cell in _by_layer(sweep) if not finished[cell]]
         jobs += [Job(todo[i : i + cells_per_job], block) for i in range(0, len(todo), cells_per_job)]
     return jobs
 

@@ -7,6 +7,7 @@ time. And a recorder of states keeps the same positions of every run, where near
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,10 @@ class At(NamedTuple):
 
 
 class _States:
-    """The states that a layer's scan writes: a slot for each one wanted, those at negative positions being zeros."""
+    """The states that a layer's scan writes: a slot for each one wanted, those at negative positions being zeros.
+
+    places: of each of `wanted`, the slots.
+    """
 
     def __init__(self, wanted: Sequence[Places], n_runs: int, n_tokens: int, device: torch.device) -> None:
         rows, positions = (torch.cat([getattr(places, name) for places in wanted]) for name in ("rows", "positions"))
@@ -58,7 +62,8 @@ class _States:
         table = torch.full((n_tokens,), -1, dtype=torch.int32)
         table[unique[unique >= 0]] = (unique >= 0).nonzero()[:, 0].int()
         self.slots = table.to(device, non_blocking=True)
-        self._places = [_view_or_index(part, device) for part in slot.split([len(places.rows) for places in wanted])]
+        self.places = slot.split([len(places.rows) for places in wanted])
+        self._device = device
 
     def empty(self, d_inner: int, d_state: int) -> Float[Tensor, "slots d_inner d_state"]:
         states = torch.empty(self.n, d_inner, d_state, device=self.slots.device)
@@ -68,7 +73,11 @@ class _States:
 
     def given(self, states: Float[Tensor, "slots d_inner d_state"]) -> list[Tensor]:
         """What was written, for each of `wanted`."""
-        return [states[at] for at in self._places]
+        return [states[at] for at in self._views]
+
+    @cached_property
+    def _views(self) -> list[slice | Tensor]:
+        return [_view_or_index(part, self._device) for part in self.places]
 
 
 class Record(NamedTuple):
@@ -174,14 +183,15 @@ class Runs:
     def record(self, stages: Stages, wanted: Sequence[Wanted]) -> Record | None:
         """What the scan of a layer is to write down; None if no states are wanted."""
         places = [w.places for w in wanted if _is_state(w)]
-        if not places:
-            return None
-        device = stages.past.state.device
+        return self.record_at(places, stages.past.state.device) if places else None
+
+    def record_at(self, places: Sequence[Places], device: torch.device) -> Record:
+        """What a scan is to write down at some places, and memory for it."""
         key = tuple(id(one) for one in places), device
         if key not in self._states:
             self._states[key] = _States(places, self.packing.n, self.packing.tokens, device)
-        states = self._states[key]
-        return Record(states, states.empty(stages.mixer.d_inner, stages.mixer.d_state))
+        states, cfg = self._states[key], self.model.cfg
+        return Record(states, states.empty(cfg.d_inner, cfg.d_state))
 
     def at(self, places: Places) -> At:
         device = self.hidden.device

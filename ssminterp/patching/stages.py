@@ -179,9 +179,7 @@ class Stages:
 
     def parts(self, x: Float[Tensor, "*tokens d_inner"]) -> tuple[Tensor, Tensor, Tensor]:
         """dt, B and C."""
-        mixer = self.mixer
-        dt, B, C = linear(mixer.x_proj, x).split([mixer.dt_rank, mixer.d_state, mixer.d_state], dim=-1)
-        return mixer.normalise(dt, B, C)
+        return parts(self.mixer, x)
 
     def scan_inputs(self, x: Float[Tensor, "tiles some_tokens d_inner"]) -> ScanInputs:
         dt, B, C = self.parts(x)
@@ -291,6 +289,12 @@ class Stages:
     ) -> None:
         """Write residual streams with the mixer's output added to them; `into` may be `resid` itself."""
         torch.add(resid, self.out(gated), out=into)
+
+
+def parts(mixer: Any, x: Float[Tensor, "*tokens d_inner"]) -> tuple[Tensor, Tensor, Tensor]:
+    """dt, B and C."""
+    dt, B, C = linear(mixer.x_proj, x).split([mixer.dt_rank, mixer.d_state, mixer.d_state], dim=-1)
+    return mixer.normalise(dt, B, C)
 
 
 def embedded(model: HookedMamba, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens d_model"]:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssminterp.patching.products import is_plain, product
-from ssminterp.patching.stages import Past, ScanInputs, Stages
+from ssminterp.patching.stages import Past, ScanInputs, Stages, parts
 from ssminterp_kernels import rows
 from ssminterp_kernels.causal_conv import Activation
 from ssminterp_kernels.rows.triton_stages import TritonScan, conv_rows, scan_rows
@@ -86,12 +86,6 @@ class TritonStages(Stages):
         # As a matrix, which needs no copy of dt.
         return ScanInputs(x, product(dt.flatten(0, 1), module.weight).unflatten(0, dt.shape[:2]), B, C, raw=True)
 
-    def scan_inputs_of(self, x: Float[Tensor, "tokens d_inner"]) -> ScanInputs:
-        """The same of tokens that lie in no tiles: [tokens, …]."""
-        dt, B, C = self.parts(x)
-        module: Any = self.mixer.dt_proj
-        return ScanInputs(x, product(dt, module.weight) if is_plain(module) else module(dt), B, C, raw=True)
-
     def gated(
         self,
         inputs: ScanInputs,
@@ -144,3 +138,10 @@ class TritonStages(Stages):
     @cached_property
     def _triton_scan(self) -> TritonScan:
         return TritonScan(self.packing, self.A, self.given_D, self.given_dt_bias, self.past.state, self.keep)
+
+
+def scan_inputs_of_tokens(mixer: Any, x: Float[Tensor, "tokens d_inner"]) -> ScanInputs:
+    """`TritonStages.scan_inputs` of tokens that lie in no tiles: [tokens, …]."""
+    dt, B, C = parts(mixer, x)
+    module: Any = mixer.dt_proj
+    return ScanInputs(x, product(dt, module.weight) if is_plain(module) else module(dt), B, C, raw=True)

@@ -145,13 +145,13 @@ def _advance_and_write(state, A2, row_values, step, D_row, k, z_at, out_at, d_in
     """One update, and where place k is not negative what is read from it, with D and the gate."""
     x = row_values[0]
     state = advance(state, A2, step, x, row_values[2])
-    _write(state, x, row_values[3], D_row, k, z_at, out_at, d_inner, there)
+    write_gated(state, x, row_values[3], D_row, k, z_at, out_at, d_inner, there)
     return state
 
 
 @triton.jit
 @no_type_check
-def _write(state, x, C, D_row, k, z_at, out_at, d_inner, there):
+def write_gated(state, x, C, D_row, k, z_at, out_at, d_inner, there):
     if k >= 0:
         y = tl.sum(state * C[:, None], 0) + D_row * x.to(tl.float32)
         z = tl.load(z_at, mask=there, other=0.0).to(tl.float32)
@@ -234,7 +234,7 @@ def scan_rows_kernel(
         values = _load_row(base_x, base_delta, base_B, base_C, 0, token, d, n, there, n_there)
         k = _place(kept, token)
         z_at = gates + tl.cast(k, tl.int64) * gate[2]
-        _write(state, values[0], values[3], D_row, k, z_at, outs, d_inner, there)
+        write_gated(state, values[0], values[3], D_row, k, z_at, outs, d_inner, there)
         forked = 1
     else:
         forked = tl.minimum(reach, length)
