@@ -8,7 +8,7 @@ in the same layer. Where the residual stream is patched before a layer, a tile i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from jaxtyping import Float, Int
@@ -23,9 +23,9 @@ from ssminterp.patching.products import is_plain, linear
 from ssminterp.patching.records import wanted_at
 from ssminterp.patching.request import Sweep
 from ssminterp.patching.rows import Layer
-from ssminterp.patching.sites import Places, Sites, Wanted
+from ssminterp.patching.sites import Places, Sites
 from ssminterp.patching.stage_runs import At, Held, Record, Runs
-from ssminterp.patching.stages import Past, ScanInputs, embedded
+from ssminterp.patching.stages import Past, ScanInputs, embedded, token_index
 from ssminterp.patching.tiles import Rows
 from ssminterp.patching.triton_stages import Room, TritonStages, scan_inputs_of_tokens
 from ssminterp_kernels.residual import Forks, add, add_and_norm, norm
@@ -61,9 +61,9 @@ def run_jointly(
     runs: the source prompts, then the base prompts.
     """
     joint = _Joint(sweep, runs, rows)
-    for layer in range(sweep.model.cfg.n_layers - 1):
+    for layer in range(sweep.model.cfg.n_layers):
         joint.through(layer)
-    return joint.through_the_last(reads)
+    return joint.read(reads)
 
 
 class _Joint:
@@ -79,13 +79,12 @@ class _Joint:
         n_layers = sweep.model.cfg.n_layers
         self.windows, self.states = every[:n_layers], every[n_layers : 2 * n_layers]
         self.sources = dict(zip(sorted(self.places), every[2 * n_layers :], strict=True))
-        # The cells that patch the residual stream before a layer: their tiles go through it as a whole. In the last one
-        # it is cheaper to compute what differs.
+        # The cells that patch the residual stream before a layer: their tiles go through it as a whole.
         self.whole: dict[int, list[int]] = {}
         self.keys: dict[int, list[tuple[int, int]]] = {}
         self.is_plain_patch = sweep.intervention == "patch" and all(s.is_everything for s in sweep.selections)
         for key in self.sources:
-            if self.is_plain_patch and self._short(key) == "resid_pre" and key[1] + 1 < n_layers:
+            if self.is_plain_patch and self._short(key) == "resid_pre":
                 self.whole[key[1]] = self.places[key]
             else:
                 self.keys.setdefault(key[1], []).append(key)
@@ -195,14 +194,14 @@ class _Joint:
         n_before, n_all = n_old + prepared * tokens, n_given + len(whole) * tokens
         mixer = self.blocks[layer].mixer
         added = linear(mixer.out_proj, gated[:n_given])
-        into, after = self.behind[:n_all], self.blocks[layer + 1].norm
+        into, after = self.behind[:n_all], self.blocks[layer + 1].norm if layer + 1 < len(self.blocks) else None
         split = self.table.forks(own, len(whole)) if own or whole else None
         if _is_plain_norm(after):
             weight, epsilon = after.weight, after.variance_epsilon
             self.normed = add_and_norm(self.hidden[:n_before], added, weight, epsilon, into, split)
         else:
             add(self.hidden[:n_before], added, into, split)
-            self.normed = self._norm_before(layer + 1, into)
+            self.normed = into if after is None else self._norm_before(layer + 1, into)
         self.rows.cells += forks + whole
         self.hidden, self.behind = self.behind, self.hidden
 
@@ -237,33 +236,26 @@ class _Joint:
         """Whether what Δ is made of can be patched in its place, which spares to make it."""
         return self.is_plain_patch and self._short(key) == "delta"
 
-    def through_the_last(
-        self, reads: Places
-    ) -> tuple[Float[Tensor, "m d_model"], list[int], Float[Tensor, "cells n_keep d_model"]]:
-        """The last layer, where less is wanted of the rows than of the runs."""
-        model = self.sweep.model
-        layer = model.cfg.n_layers - 1
-        keys = self.keys.get(layer, [])
-        read = Wanted(model.hook_points[f"blocks.{layer}.hook_resid_post"], reads)
-        wanted = [self.windows[layer], self.states[layer], read, *(self.sources[key] for key in keys)]
-        self.runs.hidden = self.hidden[None, : self.n_shared]
-        self.rows.hidden = self.hidden[self.n_shared :].unflatten(0, (-1, self.packing.tokens))
-        window, state, residual, *sources = self.runs.through(layer, wanted)
-        past = Past(window.unflatten(0, (self.packing.n, -1)), state)
-        stages = TritonStages(self.blocks[layer], past, self.packing, self.runs.A[layer], self.keep)
-        kept = Layer(self.sweep, stages, self._changes(keys, sources, made=True)).run(self.rows)
-        assert kept is not None
-        return residual, self.rows.cells, kept[1:]
+    def read(self, reads: Places) -> tuple[Tensor, list[int], Float[Tensor, "cells n_keep d_model"]]:
+        """After the last layer: the runs' residual stream at `reads`, the cells, and theirs at the tokens of `keep`."""
+        residual = self.runs.at(reads).of_tokens(self._of_runs(self.hidden))
+        tiles = self._tiles(self.hidden)[:, token_index(self.keep, self.hidden.device)]
+        cells, first = self.rows.first_cells, self.rows.first
+        if not cells:
+            return residual, self.rows.cells, tiles[1:]
+        kept_sites = [token for token in self.keep if token < self.packing.n]
+        local = tiles[:1].repeat(len(cells), 1, 1)
+        local[:, : len(kept_sites)] = first[:, kept_sites]
+        return residual, self.rows.cells + cells, torch.cat([tiles[1:], local])
 
-    def _changes(self, keys: Sequence[tuple[int, int]], sources: Sequence[Tensor], made: bool = False) -> list[Changes]:
-        """made: whether all sources are what the hooks hold."""
+    def _changes(self, keys: Sequence[tuple[int, int]], sources: Sequence[Tensor]) -> list[Changes]:
         sweep, n_selections = self.sweep, len(self.sweep.selections)
         changes = []
         for key, source in zip(keys, sources, strict=True):
             cells = self.places[key]
             selections = [cell % n_selections for cell in cells]
-            point, is_raw = sweep.point(sweep.specs[key[0]], key[1]), not made and self._is_raw(key)
-            changes.append(Changes(point, cells, selections, source, self.sites, is_raw))
+            point = sweep.point(sweep.specs[key[0]], key[1])
+            changes.append(Changes(point, cells, selections, source, self.sites, self._is_raw(key)))
         return changes
 
     def _of_runs(self, tensor: Float[Tensor, "all_tokens width"]) -> Float[Tensor, "1 tokens width"]:
@@ -316,5 +308,5 @@ class _Table:
         return self._forks[own, whole]
 
 
-def _is_plain_norm(module: Any) -> bool:
+def _is_plain_norm(module: Any) -> TypeGuard[FusedRMSNorm]:
     return type(module) is FusedRMSNorm and not is_watched(module)

@@ -79,7 +79,7 @@ class Stages:
         self.past = past
         self.packing = packing
         self.keep = keep
-        self.at = _index(keep, past.state.device)
+        self.at = token_index(keep, past.state.device)
         mixer = self.mixer
         with weights_at_hand(mixer):
             self.A, self.given_D = mixer.A() if A is None else A, mixer.D
@@ -338,7 +338,7 @@ def _packed(
     return rows.unflatten(0, (-1, packing.n))[:, row, position]
 
 
-def _index(keep: list[int] | None, device: torch.device) -> slice | Tensor:
+def token_index(keep: list[int] | None, device: torch.device) -> slice | Tensor:
     """What picks the tokens: a view, if they follow each other."""
     if keep is None:
         return slice(None)

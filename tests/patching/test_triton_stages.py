@@ -50,6 +50,24 @@ def test_rows_that_part_in_every_layer(pair: tuple[torch.Tensor, torch.Tensor]) 
     assert_equal_sweeps(*both_engines(model, *pair, hooks, metric_at([3, 2]), positions=[1]))
 
 
+@pytest.mark.parametrize("pair", ["joint"], indirect=True)
+@pytest.mark.parametrize(
+    ("family", "hooks"), [("mamba", ["state"]), ("mamba", ["delta", "B"]), ("falcon", ["resid_pre", "delta"])], ids=str
+)
+def test_patches_that_the_scan_itself_makes(
+    family: str, hooks: list[str], pair: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    model = hooked(family, num_hidden_layers=2).to(DEVICE)
+    assert_equal_sweeps(*both_engines(model, *pair, hooks, metric_at([3, 1]), positions=[0, 1]))
+
+
+@pytest.mark.parametrize("pair", ["joint"], indirect=True)
+def test_changes_that_stay_at_their_sites_in_the_last_layer(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Of which one is read at its site, and one behind it."""
+    model = hooked(num_hidden_layers=2).to(DEVICE)
+    assert_equal_sweeps(*both_engines(model, *pair, ["C", "resid_post"], metric_at([1, 3]), positions=[1], layers=[1]))
+
+
 def test_hooks_that_only_recorders_see(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_stages, "takes_triton", lambda weight: True)
     model = hooked(num_hidden_layers=2).to(DEVICE)
