@@ -1,6 +1,6 @@
 """How fast layer × position sweeps are: one forward per cell beside the resuming engine, in one run.
 
-    python benchmarks/patch_sweep.py [--parts cpu tiny gpu attribution memory] [--threads 2]
+    python benchmarks/patch_sweep.py [--parts cpu tiny gpu attribution memory] [--threads 2] [--pairs 1 64]
 
 cpu: the mamba-130m shape (random weights), 1 pair of 16 tokens, all 384 cells of one hook. tiny: tiny-mamba on 64 IOI
 pairs, eight hooks by role. With CUDA, at the mamba-370m shape: gpu, all 768 cells of one hook; attribution, of all
@@ -180,6 +180,7 @@ def main() -> None:
     on_cpu, on_gpu = ["cpu", "tiny"], ["gpu", "attribution", "memory"]
     parser.add_argument("--parts", nargs="+", choices=on_cpu + on_gpu, default=on_cpu + on_gpu)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[1, 64], help="of the parts gpu and attribution")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -193,8 +194,7 @@ def main() -> None:
         if skipped:
             print(f"no CUDA device: left out {', '.join(skipped)}")
         return
-    dtypes, pairs = (torch.float32, torch.bfloat16), (1, 64)
-    runs = list(itertools.product(dtypes, pairs))
+    runs = list(itertools.product((torch.float32, torch.bfloat16), options.pairs))
     if "gpu" in options.parts:
         rows = []
         for dtype, n in runs:
