@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssminterp_kernels.first_launches import tell_of_first_launch
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -78,6 +80,7 @@ def repeated(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
         if recipe is _UNKNOWN:
             if len(known) >= MOST_LAYOUTS:
                 known.clear()
+            tell_of_first_launch(function.__name__)
             device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
             result, known[key] = _watched(function, arguments, _Recording(pointers, device))
             return result

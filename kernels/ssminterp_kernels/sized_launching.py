@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssminterp_kernels.first_launches import tell_of_first_launch
 from ssminterp_kernels.launching import MOST_LAYOUTS, launches_are_heard_of, stream_getter
 
 
@@ -63,6 +64,8 @@ class Sized:
             key += [p and (p[0] if isinstance(p, tuple) else p) & 15 == 0 for p in pointers]
         compiled = self._known.get(layout := tuple(key))
         if compiled is None or launches_are_heard_of():
+            if compiled is None:
+                tell_of_first_launch(self.kernel.fn.__name__)
             compiled = self.kernel[(grid,)](*tensors, *fixed, *sizes, *constants, num_warps=num_warps)
             if len(self._known) >= MOST_LAYOUTS:
                 self._known.clear()

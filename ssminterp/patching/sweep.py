@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args, overload
@@ -32,6 +33,7 @@ from ssminterp.patching.results import as_dataset, labelled, provenance, with_ba
 from ssminterp.patching.resume import ResumeEngine, check_nothing_attached
 from ssminterp.patching.selections import Groups, selection_grid
 from ssminterp.patching.storage import Results, describe, open_folder
+from ssminterp_kernels.first_launches import told_of_first_launches
 
 Engine: TypeAlias = Literal["auto", "resume", "naive"]
 
@@ -125,6 +127,8 @@ def patch_sweep(
         cell, also under hooks that are attached to it. "auto" is "resume" unless something is attached to the model.
     max_batch: the most rows that run as one batch. max_bytes: the most memory to take beside the model's; by default
         half of what is free. Both are for the resuming engine, which picks its batches by them.
+    progress: show a bar. On a GPU it also names kernels that are launched for the first time: a new shape, dtype or
+        hook may take some seconds to compile.
     out: a folder that finished parts are written to; called again, an interrupted sweep goes on where it stopped. An
         error in one part (a metric that is NaN there, memory that ran out) does not stop the others.
 
@@ -165,12 +169,18 @@ def patch_sweep(
     in_parts = out is not None
     chosen = NaiveEngine(sweep, metrics) if engine == "naive" else ResumeEngine(sweep, metrics, limits, in_parts)
     names = ("clean", "corrupted") if direction == "clean_to_corrupted" else ("corrupted", "clean")
-    baselines = {name: dict(zip(names, runs, strict=True)) for name, runs in chosen.baselines().items()}
-    folder = None if out is None else open_folder(out, describe(sweep, direction, baselines))
-    results = Results(sweep, list(metrics), folder)
-    with tqdm(total=results.done.numel(), desc="patching", unit="cell", disable=not progress) as bar:
-        bar.update(int(results.done.sum()))
-        chosen.fill(results, bar.update)
+    with tqdm(total=math.prod(sweep.grid), desc="patching: both runs", unit="cell", disable=not progress) as bar:
+
+        def advance(cells: int) -> None:
+            bar.set_description("patching", refresh=False)
+            bar.update(cells)
+
+        with told_of_first_launches(lambda name: bar.set_description(f"patching: first launch of {name}")):
+            baselines = {name: dict(zip(names, runs, strict=True)) for name, runs in chosen.baselines().items()}
+            folder = None if out is None else open_folder(out, describe(sweep, direction, baselines))
+            results = Results(sweep, list(metrics), folder)
+            advance(int(results.done.sum()))
+            chosen.fill(results, advance)
     results.check_complete()
     attributes = provenance(sweep, direction, engine)
     arrays = labelled(results, sweep, grid, baselines, attributes, reduce)

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ssminterp_kernels
-from ssminterp_kernels import launching
+from ssminterp_kernels import launching, sized_launching
+from ssminterp_kernels.first_launches import told_of_first_launches
 from ssminterp_kernels.launching import launch, repeated
+from ssminterp_kernels.sized_launching import Sized
 
 knobs = pytest.importorskip("triton").knobs
 STREAM = 17
@@ -25,7 +27,8 @@ STREAM = 17
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching, "stream_getter", lambda device: lambda: STREAM)
+    for module in (launching, sized_launching):
+        monkeypatch.setattr(module, "stream_getter", lambda device: lambda: STREAM)
 
 
 class Compiled:
@@ -217,6 +220,20 @@ def test_what_the_interpreter_runs_is_never_repeated() -> None:
     for _ in range(3):
         x = torch.randn(4)
         assert torch.equal(function(x), x)
+
+
+def test_first_launches_are_told_of_by_name_and_later_ones_are_not() -> None:
+    told: list[str] = []
+    function, sized = add_twice(Kernel(_add_scaled)), Sized(Kernel(_add_scaled))
+    function(torch.randn(2), None, 1.0, False)
+    with told_of_first_launches(told.append):
+        for n in (2, 3, 3):
+            function(torch.randn(n), None, 1.0, False)
+            x, out = torch.randn(n), torch.empty(n)
+            sized(1, ((x, 1), None, (out, 1)), (), (n,), (), num_warps=4)
+            assert torch.equal(out, x)
+    function(torch.randn(5), None, 1.0, False)
+    assert told == ["_add_scaled", "function"]
 
 
 def test_one_function_inside_of_another_is_part_of_it() -> None:

@@ -85,6 +85,18 @@ def test_what_is_no_patch_and_a_metric_that_reads_anywhere(pair: tuple[torch.Ten
     assert_equal_sweeps(*both_engines(model, *pair, ["delta", "state"], last_logit, **groups))
 
 
+@pytest.mark.parametrize("pair", ["joint"], indirect=True)
+def test_the_bar_tells_what_is_launched_for_the_first_time(
+    pair: tuple[torch.Tensor, torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = hooked(num_hidden_layers=2, hidden_size=48, state_size=3).to(DEVICE)
+    patch_sweep(model, *pair, ["state"], metric_at([3, 2]), positions=[1])
+    shown = capsys.readouterr().err
+    assert "patching: both runs:   0%" in shown
+    assert "patching: first launch of joint_scan_kernel:   0%" in shown
+    assert shown.rstrip().splitlines()[-1].split("\r")[-1].startswith("patching: 100%")
+
+
 @pytest.mark.parametrize("family", ["mamba", "falcon"])
 def test_values_of_whole_runs_are_those_that_recorders_see(family: str) -> None:
     model = hooked(family, num_hidden_layers=2).to(DEVICE)
