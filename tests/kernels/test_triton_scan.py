@@ -121,15 +121,22 @@ def test_gradient_of_one_output_alone(output: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("chunk_length", "states"), [(8, (15, 100)), (16, (15, 100)), (48, (15, 100)), (16, "all"), (48, "all")]
+    ("chunk_length", "states", "edits"),
+    [
+        *((length, (15, 100), (3, 40, 47)) for length in (8, 16, 48)),
+        *((length, "all", edits) for length in (16, 48) for edits in ((3, 40, 47), ())),
+    ],
 )
 def test_chunks_equal_one_pass(
-    chunk_length: int, states: tuple[int, ...] | str, monkeypatch: pytest.MonkeyPatch
+    chunk_length: int,
+    states: tuple[int, ...] | str,
+    edits: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from ssminterp_kernels.selective_scan import triton_scan, triton_tensors
     from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
 
-    case = ScanCase(length=101, batch=1, d_inner=2, d_state=3, edit_positions=(3, 40, 47), states=states)  # type: ignore[arg-type]
+    case = ScanCase(length=101, batch=1, d_inner=2, d_state=3, edit_positions=edits, states=states)  # type: ignore[arg-type]
     inputs = random_scan_inputs(case, device=DEVICE)
     chosen = triton_scan.forward_plan
     s = triton_tensors.scan_tensors(check_arguments(ScanArguments(**inputs)))
@@ -144,6 +151,24 @@ def test_chunks_equal_one_pass(
     triton_scan._forward.known.clear()  # type: ignore[attr-defined]
     for one_pass, chunks in zip(*outputs, strict=True):
         assert relative_error(chunks, one_pass) < 1e-5
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 8), st.integers(1, 2**21), st.integers(1, 8192), st.integers(1, 256), st.booleans())
+def test_chunks_of_all_states_fit_into_what_holds_their_inputs(
+    batch: int, length: int, d_inner: int, d_state: int, edited: bool
+) -> None:
+    from ssminterp_kernels.selective_scan.triton_plan import for_all_states, plan_scan
+
+    sizes = (batch, length, d_inner, d_state, 1, 132)
+    scanned = plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=96, widest_block=64)
+    plan = for_all_states(scanned, length, save=False, edited=edited)
+    assert plan.is_chunked == scanned.is_chunked
+    assert (plan.n_chunks - 1) * plan.chunk_length < length <= plan.n_chunks * plan.chunk_length
+    assert not plan.is_chunked or plan.chunk_length % plan.unroll == 0
+    assert not plan.held or (plan.is_chunked and plan.chunk_length <= plan.held * plan.unroll)
+    if plan.is_chunked and length >= 1024:
+        assert 3 * plan.n_chunks <= 0.05 * length, "decays, locals and ends beside all states"
 
 
 def test_backward_of_a_part_of_the_batch_needs_to_be_foreseen() -> None:

@@ -15,6 +15,7 @@ import triton.language as tl
 from ssminterp_kernels.selective_scan.triton_layouts import (
     full_row,
     full_tile,
+    hold,
     jit,
     put,
     take_column,
@@ -73,6 +74,7 @@ def summarise(
     bias,
     B_shared,
     shared,
+    held,
     numbers,
     t,
     stop,
@@ -91,7 +93,7 @@ def summarise(
 
     Between edits the decay of all steps is exp(their sum · A). numbers: as `rows_ahead` takes its place and across,
     then what numbers a row of B (positions, d_state, which are there) and the channels. With RECORD_ALL lanes share the
-    steps as in the pass that writes states.
+    steps as in the pass that writes states, and x and delta are left in `held`, if it has places, for that pass.
     """
     place, across, of_rows, d = numbers
     row_u, row_n, row_there = of_rows
@@ -104,8 +106,9 @@ def summarise(
         edits_here = edits[0] + batch * edits[1]
         edit = events_before(edits_here, edits[2], t)
         next_edit = position(read_position(edits_here, edit, edits[2]), edit, edits[2])
+    first = t
     window = t
-    ahead = rows_ahead(x, delta, None, batch, place, across, t, POS, RECORD_ALL, MASK_D, UNROLL)
+    ahead = rows_ahead(x, delta, None, batch, place, across, t, POS, RECORD_ALL, MASK_D, UNROLL, (), False, 0, None)
     B_next = load_weights(B, batch, group, t, row_u, row_n, row_there, POS[3], MASK_N)
     while t < stop:
         end = t + UNROLL
@@ -118,8 +121,13 @@ def summarise(
         rows = ahead
         put(B_shared, B_next.to(tl.float32))
         window_next = tl.minimum(end, stop - UNROLL)
-        ahead = rows_ahead(x, delta, None, batch, place, across, window_next, POS, RECORD_ALL, MASK_D, UNROLL)
+        ahead = rows_ahead(
+            x, delta, None, batch, place, across, window_next, POS, RECORD_ALL, MASK_D, UNROLL, (), False, 0, None
+        )
         B_next = load_weights(B, batch, group, window_next, row_u, row_n, row_there, POS[3], MASK_N)
+        if len(held) > 0:
+            hold(held[0], (t - first) // UNROLL, rows[0][0])
+            hold(held[1], (t - first) // UNROLL, rows[1][0])
         if RECORD_ALL:
             step_block = step_size(rows[1][0], bias[1][None, :], SOFTPLUS)
             put(shared[0], step_block)
@@ -185,6 +193,7 @@ def state_before_chunk(
     bias,
     B_shared,
     shared,
+    held,
     numbers,
     chunk,
     t,
@@ -222,7 +231,7 @@ def state_before_chunk(
     local = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
     if chunk < n_chunks - 1:
         decay, local = summarise(
-            *(x, delta, B, edits, keep, add, A2, bias, B_shared, shared, numbers, t, stop),
+            *(x, delta, B, edits, keep, add, A2, bias, B_shared, shared, held, numbers, t, stop),
             *(POS, NUMBERS, SOFTPLUS, RECORD_ALL, MASK_D, MASK_N, BLOCK_N, BLOCK_D, UNROLL, TILE),
         )
         if not is_last:

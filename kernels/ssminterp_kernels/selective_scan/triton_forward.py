@@ -1,7 +1,9 @@
 """The forward scan in Gluon: one pass over time, or chunks of time in parallel where batch × d_inner is small.
 
 A program of a chunk works out what the chunk does to the state before it, waits for that state and goes through the
-chunk once more (`triton_chunks`). So the exponentials are paid twice, where one pass would not fill the GPU.
+chunk once more (`triton_chunks`). So the exponentials are paid twice, where one pass would not fill the GPU. What it
+reads is paid once: where all states are written, they drive the inputs out of the cache, so that shared memory holds
+these; elsewhere the cache does.
 
 Positions are taken in tiles of UNROLL, which the compiler overlaps as long as no branch is between them. Edits and
 recorded positions therefore happen between tiles: where less than a tile is left before the next of them, or before the
@@ -18,6 +20,7 @@ from ssminterp_kernels.selective_scan.triton_chunks import announce, state_befor
 from ssminterp_kernels.selective_scan.triton_layouts import (
     channel_numbers,
     full_tile,
+    held_blocks,
     jit,
     position_numbers,
     put,
@@ -95,6 +98,7 @@ def scan_forward_kernel(
     STATES: tl.constexpr,
     LANES: tl.constexpr,
     TOGETHER: tl.constexpr,
+    HELD: tl.constexpr,
     ROWS: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
@@ -109,7 +113,8 @@ def scan_forward_kernel(
     add are one number per edit. PARTIAL: some tile may hold less than UNROLL positions. SEVERAL: elements may be more
     than one. AHEAD: when the values of an edit are loaded, see `_edits_ahead`. TILE and what follows: see `Layouts`;
     STATES: how many of a channel's in a row a thread has; LANES: how many lanes have parts of a sum over d_state;
-    TOGETHER: how many such sums are put into shared memory at once.
+    TOGETHER: how many such sums are put into shared memory at once; HELD: how many tiles' x and delta stay there from a
+    chunk's first reading to its second.
     """
     pid = tl.program_id(0)
     block = pid % n_blocks
@@ -151,6 +156,12 @@ def scan_forward_kernel(
             shared_rows(UNROLL, BLOCK_D, PLAIN),
             shared_parts(UNROLL, BLOCK_D, LANES),
         )
+    held = ()
+    if HELD > 0:
+        held = (
+            held_blocks(HELD, UNROLL, BLOCK_D, x[0].dtype.element_ty),
+            held_blocks(HELD, UNROLL, BLOCK_D, delta[0].dtype.element_ty),
+        )
     if start is None:
         state = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
     else:
@@ -163,7 +174,7 @@ def scan_forward_kernel(
         if chunk > 0:
             numbers = (place, across, (row_u, row_n, row_there), d)
             state = state_before_chunk(
-                *(x, delta, B, edits, keep, add, A2, (bias_row, bias_across), B_shared, shared, numbers),
+                *(x, delta, B, edits, keep, add, A2, (bias_row, bias_across), B_shared, shared, held, numbers),
                 *(chunk, first, stop, n_chunks, (decays, locals_, ends), flags, per_chunk),
                 *(POS, NUMBERS, SOFTPLUS, RECORD_ALL, MASK_D, MASK_N, BLOCK_N, BLOCK_D, UNROLL, TILE),
             )
@@ -181,7 +192,10 @@ def scan_forward_kernel(
 
     t = first
     window = tl.minimum(t, stop - UNROLL)  # rows are loaded from here on: near the end, rows that nobody uses
-    ahead = rows_ahead(x, delta, z, batch, place, across, window, POS, RECORD_ALL, MASK_D, UNROLL)
+    are_held = (chunk > 0) & (chunk < n_chunks - 1)
+    ahead = rows_ahead(
+        x, delta, z, batch, place, across, window, POS, RECORD_ALL, MASK_D, UNROLL, held, are_held, 0, BLOCK
+    )
     B_next = load_weights(B, batch, group, window, row_u, row_n, row_there, POS[3], MASK_N)
     C_next = load_weights(C, batch, group, window, row_u, row_n, row_there, POS[4], MASK_N)
     element = batch
@@ -244,7 +258,10 @@ def scan_forward_kernel(
             if SEVERAL:
                 record = tl.where(ends_element, 0, record)
             read_record = read_position(recorded[0], record, recorded[1])
-        ahead = rows_ahead(x, delta, z, batch_next, place, across, window_next, POS, RECORD_ALL, MASK_D, UNROLL)
+        ahead = rows_ahead(
+            *(x, delta, z, batch_next, place, across, window_next, POS, RECORD_ALL, MASK_D, UNROLL),
+            *(held, are_held, (t_next - first) // UNROLL, BLOCK),
+        )
         B_next = load_weights(B, batch_next, group, window_next, row_u, row_n, row_there, POS[3], MASK_N)
         C_next = load_weights(C, batch_next, group, window_next, row_u, row_n, row_there, POS[4], MASK_N)
         if PARTIAL:

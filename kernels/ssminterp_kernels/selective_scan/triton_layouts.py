@@ -156,6 +156,18 @@ if INTERPRETED:
         return tl.sum(tl.where(at[:, None], place[0], 0.0), 0)[:, None]
 
     @no_type_check
+    def held_blocks(COUNT, BLOCK_T, BLOCK_D, DTYPE):
+        return [None] * COUNT
+
+    @no_type_check
+    def hold(place, i, block):
+        place[i] = block
+
+    @no_type_check
+    def take_held(place, i, BLOCK):
+        return place[i]
+
+    @no_type_check
     def shared_parts(COUNT, BLOCK_D, LANES):
         return []
 
@@ -359,6 +371,24 @@ else:
     def take_column(place, i: tl.constexpr, TILE: tl.constexpr):
         """Row i of a block [pos, channel] as a column [channel, 1]."""
         return place.slice(i, 1).permute((1, 0)).load(TILE)
+
+    @jit
+    @no_type_check
+    def held_blocks(COUNT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr):
+        """A place for COUNT blocks [BLOCK_T, BLOCK_D] of numbers as they come from memory."""
+        layout: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        return gl.allocate_shared_memory(DTYPE, [COUNT, BLOCK_T, BLOCK_D], layout)
+
+    @jit
+    @no_type_check
+    def hold(place, i, block):
+        """Put a block where `take_held` finds it."""
+        place.index(i).store(block)
+
+    @jit
+    @no_type_check
+    def take_held(place, i, BLOCK: tl.constexpr):
+        return place.index(i).load(BLOCK)
 
     @jit
     @no_type_check

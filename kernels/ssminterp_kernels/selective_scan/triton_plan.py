@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 WARPS_FORWARD = 12  # on a multiprocessor at once, at 168 registers a thread
+HELD = 10  # tiles of 8 positions and 64 float32 channels: the most that leave room for four programs
 
 # Writing all adjoints in one pass, as measured on an H200 with 16 states: channels of a program, positions of a tile,
 # registers of a thread, and how many programs a multiprocessor make it pay.
@@ -30,6 +31,7 @@ class Plan:
     n_chunks: int
     per_thread: int = 16  # states of a channel that a thread holds, at most
     elements: int = 1  # batch elements that a program takes one after the other
+    held: int = 0  # tiles whose x and delta a program of a chunk can hold in shared memory
 
     @property
     def is_chunked(self) -> bool:
@@ -142,15 +144,21 @@ def for_all_adjoints(plan: Plan, batch: int, length: int, n_processors: int, edi
     return for_trajectories(plan)
 
 
-def for_all_states(plan: Plan, length: int, save: bool) -> Plan:
+def for_all_states(plan: Plan, length: int, save: bool, edited: bool) -> Plan:
     """The plan for writing every state in the forward pass; save: those for the backward pass, too.
 
     Two channels a thread share their rows of B and C. Tiles of one pass over time are long, because that is how far
-    ahead a program reads; but states are saved between tiles only.
+    ahead a program reads; but states are saved between tiles only. Chunks are so short that their inputs can be held
+    between the two passes, unless edits cut their tiles or more states need the shared memory.
     """
-    unroll = plan.unroll if save or plan.is_chunked or length < 16 else 16
     num_warps = min(8, max(1, plan.block_d * plan.block_n // 256))
-    return dataclasses.replace(for_trajectories(plan), num_warps=num_warps, unroll=unroll)
+    plan = dataclasses.replace(for_trajectories(plan), num_warps=num_warps)
+    if plan.is_chunked:
+        chunk_length = min(plan.chunk_length, HELD * plan.unroll)
+        n_chunks = ceil_div(length, chunk_length)
+        held = 0 if edited or plan.block_n > 16 else HELD
+        return dataclasses.replace(plan, chunk_length=chunk_length, n_chunks=n_chunks, held=held)
+    return plan if save or length < 16 else dataclasses.replace(plan, unroll=16)
 
 
 def ceil_div(a: int, b: int) -> int:

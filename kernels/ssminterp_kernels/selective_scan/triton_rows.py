@@ -9,7 +9,7 @@ from typing import no_type_check
 
 import triton.language as tl
 
-from ssminterp_kernels.selective_scan.triton_layouts import channel_numbers, jit, spread, state_numbers
+from ssminterp_kernels.selective_scan.triton_layouts import channel_numbers, jit, spread, state_numbers, take_held
 from ssminterp_kernels.selective_scan.triton_loads import count_before, tile_at
 from ssminterp_kernels.selective_scan.triton_math import load_masked
 
@@ -70,16 +70,28 @@ def rows_ahead(
     RECORD_ALL: tl.constexpr,
     MASK_D: tl.constexpr,
     UNROLL: tl.constexpr,
+    held,
+    are_held,
+    i,
+    BLOCK: tl.constexpr,
 ):
     """x, delta and z at UNROLL positions from t on: rows in a program's tile, or blocks with RECORD_ALL.
 
     place: batch, d0, d_end, lane, there, ...; across: what numbers blocks: positions, channels, which are there.
+    held: places of blocks of x and delta, if there are any; they are number i of each if they are held.
     """
     d0, lane, there = place[1], place[3], place[4]
     if RECORD_ALL:
         u, lane, there = across
-        x_rows = load_block(x, batch, d0, t, u, lane, there, POS[0])
-        delta_rows = load_block(delta, batch, d0, t, u, lane, there, POS[1])
+        if len(held) > 0:
+            to_load = there & (are_held == 0)
+            x_rows = load_block(x, batch, d0, t, u, lane, to_load, POS[0])
+            delta_rows = load_block(delta, batch, d0, t, u, lane, to_load, POS[1])
+            x_rows = (tl.where(are_held, take_held(held[0], i, BLOCK), x_rows[0]),)
+            delta_rows = (tl.where(are_held, take_held(held[1], i, BLOCK), delta_rows[0]),)
+        else:
+            x_rows = load_block(x, batch, d0, t, u, lane, there, POS[0])
+            delta_rows = load_block(delta, batch, d0, t, u, lane, there, POS[1])
         z_rows = load_block(z, batch, d0, t, u, lane, there, POS[2])
     else:
         x_rows = load_rows(x, batch, d0, lane, t, there, POS[0], MASK_D, UNROLL)

@@ -63,7 +63,7 @@ def forward_plan(s: ScanTensors, save: bool = False) -> Plan:
     # Chunks of several waves: while some wait for the state before them, others have it; the more if many bytes wait.
     wanted = 96 if s.record_all else 24
     plan = plan_scan(*sizes, unroll=GRAIN, enough_warps=3, warps_wanted=wanted, widest_block=64)
-    return for_all_states(plan, length, save) if s.record_all else plan
+    return for_all_states(plan, length, save, s.edits is not None) if s.record_all else plan
 
 
 def scan_forward(
@@ -133,6 +133,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
         STATES=of_a_channel,
         LANES=lanes_of_a_channel(plan.block_n, of_a_channel),
         TOGETHER=min(8, plan.unroll),
+        HELD=plan.held,
         **tile_options(plan, d_state, within_warps),
     )
     return y, states, final_state, boundaries
