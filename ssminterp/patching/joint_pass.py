@@ -1,8 +1,9 @@
 """The only pass of a small sweep on a GPU: whole runs and the rows of their sites go through the layers together.
 
 There launches take longer than what they launch, and both need the same: so the tokens of both lie one behind the other
-and share the matrix products, the conv and the norm. What a row goes on from, and what is put in, comes from the runs
-in the same layer. Where the residual stream is patched before a layer, a tile is forked when it is written.
+and share the matrix products, the conv, the scan and the norm. What a row goes on from, and what is put in, comes from
+the runs in the same layer: the scan of a row waits for that of the runs, in the same launch, and makes patches of the
+state, Δ and B itself. Where the residual stream is patched before a layer, a tile is forked when it is written.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ssminterp.models.mixers.mamba1 import weights_at_hand
 from ssminterp.models.norm import FusedRMSNorm
 from ssminterp.patching.base_rows import BaseRows
 from ssminterp.patching.changes import Changes, cells_by_place
+from ssminterp.patching.joint_table import Table
 from ssminterp.patching.products import is_plain, linear
 from ssminterp.patching.records import wanted_at
 from ssminterp.patching.request import Sweep
@@ -28,7 +30,7 @@ from ssminterp.patching.stage_runs import At, Held, Record, Runs
 from ssminterp.patching.stages import Past, ScanInputs, embedded, token_index
 from ssminterp.patching.tiles import Rows
 from ssminterp.patching.triton_stages import Room, TritonStages, scan_inputs_of_tokens
-from ssminterp_kernels.residual import Forks, add, add_and_norm, norm
+from ssminterp_kernels.residual import add, add_and_norm, norm
 from ssminterp_kernels.rows import Packing
 from ssminterp_kernels.rows.triton_joint import Fork, JointScan
 from ssminterp_kernels.rows.triton_stages import conv_tokens
@@ -89,7 +91,7 @@ class _Joint:
             else:
                 self.keys.setdefault(key[1], []).append(key)
         self.n_shared = self.runs.packing.tokens
-        self.table = _Table(sweep, rows.sites, rows.packing, self.n_shared)
+        self.table = Table(sweep, rows.sites, rows.packing, self.n_shared)
         self.records: dict[tuple[int, ...], tuple[Record, Tensor]] = {}
         base = embedded(sweep.model, rows.tokens)
         of_runs = self.runs.hidden[0]
@@ -274,38 +276,6 @@ class _Joint:
 
     def _at(self, key: tuple[int, int]) -> At:
         return self.runs.at(self.sources[key].places)
-
-
-class _Table:
-    """Which tokens are where: those before each in the conv, and those that forked tiles go on from.
-
-    The runs' tokens come first, position by position, source prompts before base prompts; then the tiles'.
-    """
-
-    def __init__(self, sweep: Sweep, sites: Sites, packing: Packing, n_shared: int) -> None:
-        n_runs = 2 * sweep.batch
-        self.device = sweep.base.device
-        back = torch.arange(1 - sweep.model.cfg.d_conv, 0)
-        tokens = torch.arange(n_shared)[:, None] + back * n_runs
-        position = packing.positions[:, None] + back
-        own = torch.tensor(packing.starts)[position.clamp(min=0)] + packing.rows[:, None]
-        before = sites.position[packing.rows, None] + position
-        example = sites.example[packing.rows, None] + sweep.batch
-        in_run = torch.where(before < 0, -1, before * n_runs + example)
-        of_tile = torch.where(position < 0, in_run, -2 - own)
-        self.earlier = torch.cat([tokens.clamp(min=-1), of_tile]).int().to(self.device, non_blocking=True)
-        base = n_shared + torch.arange(packing.tokens)
-        patched = base.clone()
-        patched[: packing.n] = sites.position * n_runs + sites.example
-        self.base, self.patched = base.int(), patched.int()
-        self._forks: dict[tuple[int, int], Forks] = {}
-
-    def forks(self, own: int, whole: int) -> Forks:
-        """Tiles of the base rows, and behind them of the base rows with the source run's tokens at their sites."""
-        if (own, whole) not in self._forks:
-            origins = torch.cat([self.base.repeat(own), self.patched.repeat(whole)])
-            self._forks[own, whole] = Forks(origins.to(self.device, non_blocking=True), whole * len(self.base))
-        return self._forks[own, whole]
 
 
 def _is_plain_norm(module: Any) -> TypeGuard[FusedRMSNorm]:
