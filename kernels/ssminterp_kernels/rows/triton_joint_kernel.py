@@ -40,12 +40,13 @@ def _states_at(tensor, token, n, n_there):
 
 @triton.jit
 @no_type_check
-def _inputs_at(x, delta, B, C, token, d, n, there, n_there):
+def _inputs_at(x, delta, B, C, gate, token, d, n, there, n_there):
     return (
         _channels_at(x, token, d, there),
         _channels_at(delta, token, d, there),
         _states_at(B, token, n, n_there),
         _states_at(C, token, n, n_there),
+        _channels_at(gate, token, d, there),
     )
 
 
@@ -101,20 +102,18 @@ def joint_scan_kernel(
         A2 = tl.load(tile(A, d, d_state, n, 1, zero), mask=tile_there, other=0.0) * LOG2E
     bias_row = load_channels(bias, d, there)
     D_row = load_channels(D, d, there)
-    gates, outs = gate[0] + d, out + d
     if unit < n_runs:
         state = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         token = unit
-        upcoming = _inputs_at(x, delta, B, C, token, d, n, there, n_there)
+        upcoming = _inputs_at(x, delta, B, C, gate, token, d, n, there, n_there)
         for t in tl.range(0, length):
-            values = upcoming
+            now_x, now_delta, now_B, now_C, z = upcoming
             slot = tl.load(slots + token)
-            here = token
+            out_at = out + token.to(tl.int64) * d_inner + d
             token = tl.minimum(t + 1, length - 1) * n_runs + unit
-            upcoming = _inputs_at(x, delta, B, C, token, d, n, there, n_there)
-            state = advance(state, A2, step_size(values[1], bias_row, True), values[0], values[2])
-            z_at = gates + here.to(tl.int64) * gate[1]
-            write_gated(state, values[0], values[3], D_row, here, z_at, outs, d_inner, there)
+            upcoming = _inputs_at(x, delta, B, C, gate, token, d, n, there, n_there)
+            state = advance(state, A2, step_size(now_delta, bias_row, True), now_x, now_B)
+            write_gated(state, now_x, now_C, D_row, z, out_at, there)
             if slot >= 0:
                 state_at = states + tl.cast(slot, tl.int64) * d_inner * d_state
                 if WIDE:
@@ -138,7 +137,7 @@ def joint_scan_kernel(
         source = tl.load(sites + row * 3 + 2)
         row_length = tl.load(lengths + row)
         token = origin + row
-        x_row, delta_row, B_values, C_values = _inputs_at(x, delta, B, C, token, d, n, there, n_there)
+        x_row, delta_row, B_values, C_values, z_row = _inputs_at(x, delta, B, C, gate, token, d, n, there, n_there)
         if kind == DELTA:
             delta_row = _channels_at(delta, source, d, there)
         if kind == B_ROW:
@@ -153,11 +152,11 @@ def joint_scan_kernel(
             state = tl.load(tile(first_state, d, d_state, n, 1, zero), mask=tile_there, other=0.0)
         within = row
         for t in tl.range(0, row_length):
-            now_x, now_delta, now_B, now_C = x_row, delta_row, B_values, C_values
-            here = within
+            now_x, now_delta, now_B, now_C, z = x_row, delta_row, B_values, C_values, z_row
+            out_at = out + (begin + within).to(tl.int64) * d_inner + d
             within = tl.load(starts + tl.minimum(t + 1, row_length - 1)) + row
-            x_row, delta_row, B_values, C_values = _inputs_at(x, delta, B, C, origin + within, d, n, there, n_there)
+            token = origin + within
+            x_row, delta_row, B_values, C_values, z_row = _inputs_at(x, delta, B, C, gate, token, d, n, there, n_there)
             if (t > 0) | (kind != STATE):
                 state = advance(state, A2, step_size(now_delta, bias_row, True), now_x, now_B)
-            z_at = gates + (origin + here).to(tl.int64) * gate[1]
-            write_gated(state, now_x, now_C, D_row, begin + here, z_at, outs, d_inner, there)
+            write_gated(state, now_x, now_C, D_row, z, out_at, there)

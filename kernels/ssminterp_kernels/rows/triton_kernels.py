@@ -141,27 +141,30 @@ def _load_row(x, delta, B, C, tile_, token, d, n, there, n_there):
 
 @triton.jit
 @no_type_check
-def _advance_and_write(state, A2, row_values, step, D_row, k, z_at, out_at, d_inner, there):
-    """One update, and where place k is not negative what is read from it, with D and the gate."""
+def write_gated(state, x, C, D_row, z, out_at, there):
+    """What is read from a state, with D and the gate."""
+    y = tl.sum(state * C[:, None], 0) + D_row * x.to(tl.float32)
+    z = z.to(tl.float32)
+    tl.store(out_at, y * (z * sigmoid(z)), mask=there)
+
+
+@triton.jit
+@no_type_check
+def _advance_and_write(state, A2, row_values, step, D_row, k, z, out_at, d_inner, there):
+    """One update, and where place k is not negative what is read from it."""
     x = row_values[0]
     state = advance(state, A2, step, x, row_values[2])
-    write_gated(state, x, row_values[3], D_row, k, z_at, out_at, d_inner, there)
+    if k >= 0:
+        write_gated(state, x, row_values[3], D_row, z, out_at + tl.cast(k, tl.int64) * d_inner, there)
     return state
 
 
 @triton.jit
 @no_type_check
-def write_gated(state, x, C, D_row, k, z_at, out_at, d_inner, there):
-    if k >= 0:
-        y = tl.sum(state * C[:, None], 0) + D_row * x.to(tl.float32)
-        z = tl.load(z_at, mask=there, other=0.0).to(tl.float32)
-        tl.store(out_at + tl.cast(k, tl.int64) * d_inner, y * (z * sigmoid(z)), mask=there)
-
-
-@triton.jit
-@no_type_check
-def _place(kept, token):
-    return token if kept is None else tl.load(kept + token)
+def _place_and_gate(kept, token, gates, stride, there):
+    """The place of a token and its gate, which is loaded a token ahead: a scan has little else to wait for."""
+    k = token if kept is None else tl.load(kept + token)
+    return k, tl.load(gates + tl.cast(k, tl.int64) * stride, mask=there & (k >= 0), other=0.0)
 
 
 @triton.jit(do_not_specialize=["tiles", "reach", "n_first_gates", "n_keep", "n_blocks", "zero"])
@@ -232,28 +235,30 @@ def scan_rows_kernel(
     token = row
     if own_x is None:
         values = _load_row(base_x, base_delta, base_B, base_C, 0, token, d, n, there, n_there)
-        k = _place(kept, token)
-        z_at = gates + tl.cast(k, tl.int64) * gate[2]
-        write_gated(state, values[0], values[3], D_row, k, z_at, outs, d_inner, there)
+        k, z = _place_and_gate(kept, token, gates, gate[2], there)
+        if k >= 0:
+            write_gated(state, values[0], values[3], D_row, z, outs + tl.cast(k, tl.int64) * d_inner, there)
         forked = 1
     else:
         forked = tl.minimum(reach, length)
         upcoming = _load_row(own_x, own_delta, own_B, own_C, one, token, d, n, there, n_there)
+        next_k, next_z = _place_and_gate(kept, token, gates, gate[2], there)
+        if first_gate is not None:
+            if one < n_first_gates:
+                first_at = first_gate[0] + one * first_gate[1] + row.to(tl.int64) * first_gate[2]
+                next_z = tl.load(first_at + d, mask=there, other=0.0)
         for t in tl.range(0, forked):
             values = upcoming
+            k, z = next_k, next_z
             slot = -1 if slots is None else tl.load(slots + token)
-            k = _place(kept, token)
-            z_at = gates + tl.cast(k, tl.int64) * gate[2]
-            if first_gate is not None:
-                ahead = first_gate[0] + one * first_gate[1] + row.to(tl.int64) * first_gate[2] + d
-                z_at = tl.where((t == 0) & (one < n_first_gates), ahead, z_at)
             token = tl.load(starts + tl.minimum(t + 1, forked - 1)) + row
             upcoming = _load_row(own_x, own_delta, own_B, own_C, one, token, d, n, there, n_there)
+            next_k, next_z = _place_and_gate(kept, token, gates, gate[2], there)
             if OWN_RAW:
                 step = step_size(values[1], bias_row, True)
             else:
                 step = values[1].to(tl.float32)
-            state = _advance_and_write(state, A2, values, step, D_row, k, z_at, outs, d_inner, there)
+            state = _advance_and_write(state, A2, values, step, D_row, k, z, outs, d_inner, there)
             if slots is not None:
                 if slot >= 0:
                     state_at = states + tl.cast(slot, tl.int64) * d_inner * d_state
@@ -264,11 +269,12 @@ def scan_rows_kernel(
     if base_x is not None:
         token = tl.load(starts + tl.minimum(forked, length - 1)) + row
         upcoming = _load_row(base_x, base_delta, base_B, base_C, 0, token, d, n, there, n_there)
+        next_k, next_z = _place_and_gate(kept, token, gates, gate[2], there)
         for t in tl.range(forked, length):
             values = upcoming
-            k = _place(kept, token)
-            z_at = gates + tl.cast(k, tl.int64) * gate[2]
+            k, z = next_k, next_z
             token = tl.load(starts + tl.minimum(t + 1, length - 1)) + row
             upcoming = _load_row(base_x, base_delta, base_B, base_C, 0, token, d, n, there, n_there)
+            next_k, next_z = _place_and_gate(kept, token, gates, gate[2], there)
             step = step_size(values[1], bias_row, True)
-            state = _advance_and_write(state, A2, values, step, D_row, k, z_at, outs, d_inner, there)
+            state = _advance_and_write(state, A2, values, step, D_row, k, z, outs, d_inner, there)
