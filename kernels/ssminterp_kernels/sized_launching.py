@@ -16,10 +16,12 @@ class Sized:
     """Launches a kernel whose sizes change from call to call, where `repeated` would know no layout again.
 
     The kernel must be marked not to specialise on them, and take its arguments in the order of `__call__`.
+    max_registers: of a thread; None leaves it to the compiler.
     """
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, max_registers: int | None = None) -> None:
         self.kernel = kernel
+        self._options = {} if max_registers is None else {"maxnreg": max_registers}
         self._known: dict[Any, Any] = {}
 
     def __call__(
@@ -66,7 +68,8 @@ class Sized:
         if compiled is None or launches_are_heard_of():
             if compiled is None:
                 tell_of_first_launch(self.kernel.fn.__name__)
-            compiled = self.kernel[(grid,)](*tensors, *fixed, *sizes, *constants, num_warps=num_warps)
+            options = {"num_warps": num_warps, **self._options}
+            compiled = self.kernel[(grid,)](*tensors, *fixed, *sizes, *constants, **options)
             if len(self._known) >= MOST_LAYOUTS:
                 self._known.clear()
             if hasattr(compiled, "packed_metadata"):  # the interpreter compiles nothing

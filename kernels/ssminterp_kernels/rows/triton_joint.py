@@ -16,7 +16,9 @@ from ssminterp_kernels.selective_scan.triton_plan import next_power_of_2
 from ssminterp_kernels.sized_launching import Sized
 
 _BLOCK_D, _WARPS = 64, 2
-_joint_scan = Sized(joint_scan_kernel)
+# With 16 numbers of a state the compiler takes 123 registers a thread. With 96 a fourth more programs run at once, and
+# they mostly wait for memory.
+_joint_scan, _joint_scan_of_large_states = Sized(joint_scan_kernel, max_registers=96), Sized(joint_scan_kernel)
 
 
 class Fork(IntEnum):
@@ -76,7 +78,8 @@ class JointScan:
         starts, lengths, _, _ = packing.on(self.device)
         self._n_finished += self.n_runs
         block_n = next_power_of_2(d_state)
-        _joint_scan(
+        launched = _joint_scan if block_n <= 16 else _joint_scan_of_large_states
+        launched(
             (self.n_runs + n_units * packing.n) * self.n_blocks,
             (
                 *(_rows(x), _rows(delta), _rows(B), _rows(C), _rows(gate), A, (D, D.stride(0))),
