@@ -29,7 +29,7 @@ from ssminterp_kernels.selective_scan.adjoint import adjoint_states
 from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
 from ssminterp_kernels.selective_scan.triton_gradients import backward_plan, scan_backward
 from ssminterp_kernels.selective_scan.triton_scan import forward_plan, scan_forward
-from ssminterp_kernels.selective_scan.triton_tensors import scan_tensors
+from ssminterp_kernels.selective_scan.triton_tensors import ScanTensors, scan_tensors
 
 D_STATE = 16
 # (batch, pos, d_inner): ceilings in ms for float32 forward, backward, bfloat16 forward, backward (issue 3).
@@ -129,7 +129,8 @@ def time_row(shape: tuple[int, int, int], dtype: torch.dtype, floor: dict[str, f
         **{"forward_ceiling_ms": ceilings[0], "backward_ceiling_ms": ceilings[1]},
         **{"forward_bytes_floor_ms": bytes_forward, "forward_exponentials_floor_ms": exponentials},
         "backward_bytes_floor_ms": elements * 7 * dtype.itemsize / floor["copy_bytes_per_ms"],
-        **{"forward_chunks": plan_f.n_chunks, "backward_chunks": plan_b.n_chunks, **mamba_ssm_ms(sets[0])},
+        **{"forward_chunks": plan_f.n_chunks, "backward_chunks": plan_b.n_chunks},
+        **{"peak_memory_of_states": peak_memory(sets[0]), **mamba_ssm_ms(sets[0])},
     }
 
 
@@ -185,15 +186,13 @@ def time_extras(shape: tuple[int, int, int], floor: dict[str, float]) -> dict[st
     result |= {"all_states_ms": states, "all_adjoints_ms": adjoints, "all_states_bfloat16_ms": states_in_halves}
     result["all_states_of_copy"] = elements * (4 + D_STATE) / states / floor["copy_bytes_per_ms"]
     result["all_adjoints_of_copy"] = elements * (3 + D_STATE) / adjoints / floor["copy_bytes_per_ms"]
-    result["peak_memory_of_states"] = peak_memory(plain)
     return result
 
 
-def peak_memory(arguments: ScanArguments) -> dict[str, float]:
-    """Memory beyond inputs and outputs, as a part of that of all states."""
-    batch, length, d_inner = arguments.x.shape
-    trajectory = 4 * batch * length * d_inner * D_STATE
-    s = scan_tensors(arguments)
+def peak_memory(s: ScanTensors) -> dict[str, float]:
+    """Memory beyond inputs and outputs, as a part of that of all states; the backward pass's with what it needs of the
+    forward pass."""
+    trajectory = 4 * s.x.numel() * D_STATE
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     y, _, final_state, _ = scan_forward(s, save=False)
@@ -227,12 +226,14 @@ def python_microseconds() -> dict[str, float]:
 
 def print_row(row: dict[str, Any]) -> None:
     forward, backward = row["forward_ms"], row["backward_ms"]
+    memory = row["peak_memory_of_states"]
     floor = max(row["forward_bytes_floor_ms"], row["forward_exponentials_floor_ms"])
     print(
         f"{row['shape']!s:18} {row['dtype'][6:]:9} forward {forward:.4f} (ceiling {row['forward_ceiling_ms']:.3f}, "
         f"{forward / floor:.2f} × floor)  backward {backward:.4f} (ceiling {row['backward_ceiling_ms']:.3f}, "
         f"{backward / row['backward_bytes_floor_ms']:.1f} × bytes)  "
-        f"chunks {row['forward_chunks']}/{row['backward_chunks']}",
+        f"chunks {row['forward_chunks']}/{row['backward_chunks']}  "
+        f"memory {memory['forward']:.2%} / {memory['backward']:.2%} of all states",
         flush=True,
     )
 

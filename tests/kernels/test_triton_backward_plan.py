@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -17,21 +19,51 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
-from ssminterp_kernels.selective_scan import triton_gradients, triton_scan, triton_tensors
-from ssminterp_kernels.selective_scan.triton_backward_plan import BackwardPlan, plan_backward
+import triton
+import triton.language as tl
 
-SHAPES = ((8, 512, 2048), (1, 16384, 2048), (8, 2048, 5120))
+from ssminterp_kernels.selective_scan import triton_gradients, triton_scan, triton_sums, triton_tensors
+from ssminterp_kernels.selective_scan.triton_backward_plan import BackwardPlan, plan_backward
+from ssminterp_kernels.selective_scan.triton_backward_states import count_kept, last_kept
+
+# (batch, pos, d_inner) of the benchmark's table.
+SHAPES = (
+    *((1, 2048, 1536), (1, 2048, 5120), (8, 512, 2048), (64, 16, 2048)),
+    *((256, 16, 2048), (1, 16384, 2048), (8, 2048, 5120)),
+)
+
+
+class Drawn(NamedTuple):
+    """A plan and what it is for."""
+
+    plan: BackwardPlan
+    batch: int
+    length: int
+    d_inner: int
+    d_state: int
+    itemsize: int
+
+    @property
+    def programs(self) -> int:
+        """Of each block of channels."""
+        return -(-self.batch // self.plan.elements) * self.plan.n_chunks
+
+    def most_memory(self) -> float:
+        """The bound that the module states, as a part of all states."""
+        c = self.batch * self.length / self.programs
+        states = c / 72 + (3 if self.plan.outputs else 1 + 0.75 * c**0.5)
+        sums = 2 * self.plan.paired_blocks / self.d_inner
+        return max(1 / 20, sums + (states + 2 / self.d_state) / c)
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> tuple[BackwardPlan, int, int, int]:
-    """A plan, and the batch, length and bytes of a number that it is for."""
-    batch, length = draw(st.integers(1, 64)), draw(st.integers(1, 3000))
+def plans(draw: st.DrawFn) -> Drawn:
+    batch, length = draw(st.integers(1, 300)), draw(st.one_of(st.integers(1, 64), st.integers(1, 3000)))
     itemsize, outputs = draw(st.sampled_from([2, 4])), draw(st.sampled_from([2, 3]))
     d_inner = draw(st.sampled_from([1, 32, 40, 64, 96, 1536, 2048]))
-    d_state = draw(st.sampled_from([1, 8, 16, 16, 16, 64]))
+    d_state = draw(st.sampled_from([1, 8, 16, 16, 16, 64, 256]))
     sizes = (batch, length, d_inner, d_state, 1, draw(st.sampled_from([1, 132])))
-    return plan_backward(*sizes, itemsize, outputs), batch, length, itemsize
+    return Drawn(plan_backward(*sizes, itemsize, outputs), batch, length, d_inner, d_state, itemsize)
 
 
 def segments_of(plan: BackwardPlan, length: int) -> list[list[tuple[int, int]]]:
@@ -45,8 +77,8 @@ def segments_of(plan: BackwardPlan, length: int) -> list[list[tuple[int, int]]]:
 
 
 @given(plans())
-def test_segments_cover_the_sequence_and_their_states_are_counted(drawn: tuple[BackwardPlan, int, int, int]) -> None:
-    plan, _, length, _ = drawn
+def test_segments_cover_the_sequence_and_their_states_are_counted(drawn: Drawn) -> None:
+    plan, length = drawn.plan, drawn.length
     chunks = segments_of(plan, length)
     assert len(chunks) == plan.n_chunks
     assert all(begin < end for chunk in chunks for begin, end in chunk)
@@ -55,12 +87,14 @@ def test_segments_cover_the_sequence_and_their_states_are_counted(drawn: tuple[B
     assert plan.head % 8 == plan.segment % 8 == plan.chunk_length % 8 == 0
     assert plan.head <= plan.segment
     assert plan.n_blocks * plan.block_d >= plan.group_size
+    assert plan.elements == 1 or plan.n_chunks == 1
 
 
 @given(plans())
-def test_every_kept_state_is_still_there_when_it_is_used(drawn: tuple[BackwardPlan, int, int, int]) -> None:
+def test_every_kept_state_is_still_there_when_it_is_used(drawn: Drawn) -> None:
     """The backward pass played through: who wrote last in which rows of which output."""
-    plan, _, length, itemsize = drawn
+    plan, length = drawn.plan, drawn.length
+    of, every = plan.kept
     for chunk in segments_of(plan, length):
         first, stop = chunk[0][0], chunk[-1][1]
         written: dict[object, object] = {}
@@ -68,10 +102,10 @@ def test_every_kept_state_is_still_there_when_it_is_used(drawn: tuple[BackwardPl
             rows_from = max(begin - plan.head, first)
 
             def cells(k: int, rows_from: int = rows_from) -> list[object]:
-                """Where the k-th state of a segment lies."""
+                """Where the k-th of a segment's kept states lies."""
                 if k < plan.planes:
                     return [k]
-                i, rows = k - plan.planes, 16 // itemsize  # rows of one output, that hold a quarter of a state
+                i, rows = k - plan.planes, 16 // drawn.itemsize  # rows of one output, that hold a quarter of a state
                 if plan.outputs == 2:
                     quarters = [(q % 2, 2 * i + q // 2) for q in range(4)]
                 else:
@@ -83,28 +117,43 @@ def test_every_kept_state_is_still_there_when_it_is_used(drawn: tuple[BackwardPl
                 ]
 
             blocks = -(-(end - begin) // plan.block_t)
-            for k in range(blocks - 2):
+            kept = [b for b in range(1, blocks - 1) if b * of // every > (b - 1) * of // every]
+            for k, block in enumerate(kept):
                 for cell in cells(k):
                     assert isinstance(cell, int) or cell[1] + plan.block_t <= stop  # type: ignore[index]
                     assert written.get(cell) != "output"
-                    written[cell] = (begin, k)
+                    written[cell] = (begin, block)
             for block in reversed(range(blocks)):
                 at = begin + block * plan.block_t
                 if plan.outputs == 3:
                     written[2, at] = "output"
-                if block >= 2:
-                    assert all(written[cell] == (begin, block - 2) for cell in cells(block - 2))
+                # From the last state that was kept, the next block is reached by replaying.
+                k = sum(each < block for each in kept) - 1
+                if k >= 0:
+                    assert all(written[cell] == (begin, kept[k]) for cell in cells(k))
                 written[0, at] = written[1, at] = "output"
 
 
 @given(plans())
-def test_memory_is_bounded_at_every_shape(drawn: tuple[BackwardPlan, int, int, int]) -> None:
-    """As the module says."""
-    plan, _, length, _ = drawn
-    c = min(plan.chunk_length, length)
-    assert plan.chunk_length >= min(32, length)
-    assert plan.boundaries + plan.n_chunks * plan.planes <= plan.n_chunks * (c / 72 + 1.5 * c**0.5 + 1)
-    assert plan.paired_blocks <= max(1, plan.group_size / 32)
+def test_few_positions_are_replayed_again(drawn: Drawn) -> None:
+    of, every = drawn.plan.kept
+    assert 0.4 <= of / every <= 1
+
+
+@pytest.mark.parametrize(
+    ("block", "count", "last"), [(-1, 0, 0), (0, 0, 0), (2, 0, 0), (3, 1, 3), (4, 1, 3), (7, 3, 7)]
+)
+def test_the_kernel_counts_kept_states_as_planned(block: int, count: int, last: int) -> None:
+    """Three of every seven: before blocks 3, 5, 7, 10, …"""
+    out = torch.zeros(2, dtype=torch.int32, device="cuda" if torch.cuda.is_available() else "cpu")
+    _count_kernel[(1,)](out, block, KEPT=(3, 7))
+    assert out.tolist() == [count, last]
+
+
+@triton.jit
+def _count_kernel(out, block, KEPT: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.store(out, count_kept(block, KEPT))
+    tl.store(out + 1, last_kept(block, KEPT))
 
 
 class Allocations(TorchDispatchMode):
@@ -119,31 +168,52 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_peak_memory_is_a_twentieth_of_all_states(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted in what is allocated, by tensors without memory and with no launches."""
-    for module in (triton_scan, triton_gradients):
-        monkeypatch.setattr(module, "launch", lambda *_, **__: None)
-        monkeypatch.setattr(module, "processor_count", lambda _: 132)
+def memory_of_gradients(shape: tuple[int, int, int], dtype: torch.dtype, d_state: int, gated: bool) -> float:
+    """What is allocated beside inputs and outputs, as a part of all states: tensors without memory, no launches."""
     batch, length, d_inner = shape
-    empty = functools.partial(torch.empty, device="meta")
+    empty = functools.partial(torch.empty, device="meta", dtype=dtype)
     x, delta, z = (empty(shape) for _ in range(3))
-    B, C = (empty(batch, length, 16) for _ in range(2))
-    D, bias = (empty(d_inner) for _ in range(2))
-    given_ = (x, delta, empty(d_inner, 16), B, C, D, z, bias, None, None, None, None, None, True, False, torch.float32)
-    final_state, boundaries = triton_scan._forward.__wrapped__(*given_, True, None, None)[2:]  # type: ignore[attr-defined]
-    with Allocations() as allocations:
-        gradients = triton_gradients._backward.__wrapped__(*given_, boundaries, x, None, final_state, True)  # type: ignore[attr-defined]
+    B, C = (empty(batch, length, d_state) for _ in range(2))
+    A, D, bias = (torch.empty(*sizes, device="meta") for sizes in ((d_inner, d_state), (d_inner,), (d_inner,)))
+    tensors = (x, delta, A, B, C, D, z if gated else None, bias, None, None, None, None, None)
+    flags = (True, False, torch.float32)
+    with ExitStack() as patches:
+        for module in (triton_scan, triton_gradients, triton_sums):
+            patches.enter_context(mock.patch.object(module, "launch"))
+            patches.enter_context(mock.patch.object(module, "processor_count", return_value=132))
+        forward = triton_scan._forward.__wrapped__(*tensors, *flags, True, None, None)  # type: ignore[attr-defined]
+        final_state, boundaries = forward[2:]
+        with Allocations() as allocations:
+            gradients = triton_gradients._backward.__wrapped__(  # type: ignore[attr-defined]
+                *tensors, *flags, boundaries, x, None, final_state, True
+            )
     outputs = sum(gradient.nbytes for gradient in gradients if gradient is not None)
-    extra = boundaries.nbytes + allocations.n_bytes - outputs
-    assert 0.02 <= extra / (16 * x.nbytes) <= 0.05
+    extra = allocations.n_bytes - outputs + (0 if boundaries is None else boundaries.nbytes)
+    return extra / (4 * d_state * x.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_peak_memory_is_a_twentieth_of_all_states(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    assert 0.02 <= memory_of_gradients(shape, dtype, 16, gated=True) <= 0.05
+
+
+@given(plans(), st.booleans())
+def test_memory_is_bounded_at_every_shape(drawn: Drawn, gated: bool) -> None:
+    """As the module of plans says; counted in what is allocated."""
+    dtype = {2: torch.bfloat16, 4: torch.float32}[drawn.itemsize]
+    sizes = (drawn.batch, drawn.length, drawn.d_inner, drawn.d_state)
+    planned = drawn._replace(plan=plan_backward(*sizes, 1, 132, drawn.itemsize, 2 + gated))
+    assert planned.plan.chunk_length >= min(32, drawn.length)
+    assert planned.plan.paired_blocks <= max(1, drawn.d_inner / 32)
+    assert memory_of_gradients(sizes[:3], dtype, drawn.d_state, gated) <= planned.most_memory() + 1e-9
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_peak_memory_on_a_gpu_is_what_was_planned() -> None:
     """When the kernels are first launched, and when the launches are repeated."""
-    batch, length, d_inner = SHAPES[0]
+    batch, length, d_inner = 8, 512, 2048
     new = functools.partial(torch.randn, device="cuda")
     x, delta, z = (new(batch, length, d_inner) for _ in range(3))
     B, C = (new(batch, length, 16) for _ in range(2))

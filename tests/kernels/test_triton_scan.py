@@ -214,6 +214,28 @@ def test_programs_of_several_batch_elements(states: tuple[int, ...] | str) -> No
         assert relative_error(getattr(ours, name), value) < 1e-5, name
 
 
+@pytest.mark.parametrize(
+    ("changes", "case"),
+    [
+        ({"elements": 3}, ScanCase(batch=4, length=9, edit_positions=((3, 7), (2, 8), (0, 3), (0, 1)), states=(2, 8))),
+        ({"elements": 2, "kept": (1, 2)}, ScanCase(batch=3, length=14, n_groups=1, states=None, dtype=BF16)),
+        ({"kept": (3, 7)}, ScanCase(batch=1, length=46, edit_positions=(3, 20, 41), states=(7, 38), dtype=BF16)),
+        ({"kept": (2, 5)}, ScanCase(batch=1, length=36, optional=("D", "initial_state"), states=None)),
+    ],
+    ids=str,
+)
+def test_backward_of_several_elements_and_with_few_states_kept(
+    changes: dict[str, object], case: ScanCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of A are added up in a program; what is not kept is replayed again."""
+    from ssminterp_kernels.selective_scan import triton_gradients, triton_scan
+
+    chosen = triton_gradients.backward_plan
+    for module in (triton_gradients, triton_scan):
+        monkeypatch.setattr(module, "backward_plan", lambda *s: dataclasses.replace(chosen(*s), **changes))  # type: ignore[arg-type]
+    check_against_reference(case.but(d_inner=64, d_state=16), "triton", device=DEVICE)
+
+
 def test_two_runs_are_equal_to_the_bit() -> None:
     case = ScanCase(length=300 if HAS_GPU else 9, d_inner=100 if HAS_GPU else 3, d_state=16)
     inputs = random_scan_inputs(case, device=DEVICE)

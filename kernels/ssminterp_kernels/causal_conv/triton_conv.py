@@ -16,8 +16,8 @@ from ssminterp_kernels.causal_conv.triton_conv_kernels import (
     conv_step_kernel,
 )
 from ssminterp_kernels.launching import launch, repeated
-from ssminterp_kernels.selective_scan.triton_gradients import sum_parts
 from ssminterp_kernels.selective_scan.triton_plan import next_power_of_2
+from ssminterp_kernels.selective_scan.triton_sums import sum_parts
 
 # Enough to fill a GPU several times over; of more, each goes through several tiles.
 _PROGRAMS = 8192

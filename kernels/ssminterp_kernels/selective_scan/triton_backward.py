@@ -6,10 +6,11 @@ With g_t = dLoss/dstate_t (the adjoint), the scan runs backwards in time:
     dC_t = Σ_d dy_t state_t,  dB_t = Σ_d g_t Δ_t x_t,  dx_t = Δ_t Σ_n g_t B_t,
     dΔ_t = Σ_n g_t A_bar_t state_{t-1} A + x_t Σ_n g_t B_t,  dA = Σ_t g_t A_bar_t state_{t-1} Δ_t
 
-A segment is replayed forward once, keeping the states before its inner blocks of BLOCK_T positions (see
-`triton_backward_states`); then the blocks are taken last to first: a block's states are replayed into shared memory and
-walked backwards. Sums over d_inner (dB, dC) are left as partial sums of two programs each, those over batch and time
-(dA, dD, dbias) of one. They are added up in a fixed order, so that the result does not depend on scheduling.
+A segment is replayed forward once, keeping states before its inner blocks of BLOCK_T positions (see
+`triton_backward_states`); then the blocks are taken last to first: what lies between the last state that was kept and
+the block is replayed again; then the block's states are replayed into shared memory and walked backwards. Sums over
+d_inner (dB, dC) are left as partial sums of two programs each, those over batch and time (dA, dD, dbias) of one. They
+are added up in a fixed order, so that the result does not depend on scheduling.
 
 What there is per channel (x, delta, z, dy and their gradients) lies a channel a lane. Of a tile [channel, d_state] a
 thread holds 4 states of 4 channels: it adds up a quarter of each sum over d_state, and 4 channels of each sum over
@@ -21,10 +22,17 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-import triton
 import triton.language as tl
 
-from ssminterp_kernels.selective_scan.triton_backward_states import boundary_state, keep_state, kept_state, replayed
+from ssminterp_kernels.selective_scan.triton_backward_states import (
+    boundary_state,
+    count_kept,
+    keep_state,
+    kept_state,
+    last_kept,
+    replayed,
+    replayed_block,
+)
 from ssminterp_kernels.selective_scan.triton_layouts import (
     channel_numbers,
     full_row,
@@ -68,7 +76,7 @@ from ssminterp_kernels.selective_scan.triton_math import (
 )
 
 
-@jit(do_not_specialize=["length", "chunk_length", "n_chunks", "n_blocks", "group_size"])
+@jit(do_not_specialize=["n_batch", "elements", "length", "chunk_length", "n_chunks", "n_blocks", "group_size"])
 @no_type_check
 def scan_backward_kernel(
     x,
@@ -96,6 +104,8 @@ def scan_backward_kernel(
     dadd,
     dstart,
     kept,
+    n_batch,
+    elements,
     length,
     chunk_length,
     n_chunks,
@@ -113,8 +123,10 @@ def scan_backward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PARTS: tl.constexpr,
+    KEPT: tl.constexpr,
     PLANES: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    SEVERAL: tl.constexpr,
     TILE: tl.constexpr,
     LINES: tl.constexpr,
     SUMS: tl.constexpr,
@@ -122,15 +134,16 @@ def scan_backward_kernel(
     PLAIN: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """One program: one batch element, one chunk, BLOCK_D channels of one group.
+    """One program: one chunk of one batch element, or all of `elements` of them, and BLOCK_D channels of one group.
 
     boundaries: the states before segments [batch, n_segments, d_inner, d_state], None for zeros. Segments are the first
     HEAD positions of a chunk, then SEGMENT at a time.
     future: dLoss/d(state after each chunk) from what comes later [batch, n_chunks, d_inner, d_state].
     dy: [batch, pos, d_inner]; dstates: [batch, n_recorded, d_inner, d_state] or None.
-    dweights: zeros [2 (B, C), batch, pos, pairs, d_state]; dchannels: [batch, n_chunks, 2 (D, bias), d_inner];
-    dkeep, dadd: [batch, n_edits, d_inner, d_state]; dstart: [batch, 1, d_inner, d_state]. kept: [PLANES, batch ×
-    n_chunks, d_inner, d_state]; of the first plane, which may be `future` too, dA is made. OUTPUTS: in how many of dx,
+    dweights: zeros [2 (B, C), batch, pos, pairs, d_state]; dchannels: [programs, 2 (D, bias), d_inner]; dkeep, dadd:
+    [batch, n_edits, d_inner, d_state]; dstart: [batch, 1, d_inner, d_state]. kept: [PLANES, programs, d_inner, d_state]
+    (programs of a block of channels); of the first plane, which may be `future` too, dA is made. KEPT: how many of how
+    many states before inner blocks are kept. OUTPUTS: in how many of dx,
     ddelta and dz states may lie, which then have the same strides; else 0. POS: the strides of the position axes of
     x, delta, z, B, C, dy, dx, ddelta, dz and dweights. MASK: some block of BLOCK_T positions or BLOCK_D channels is not
     full; MASK_N: d_state is less than BLOCK_N. PARTS: see `Parts`; TILE and what follows: see `Layouts`.
@@ -139,8 +152,10 @@ def scan_backward_kernel(
     """
     pid = tl.program_id(0)
     block = pid % n_blocks
-    chunk = (pid // n_blocks) % n_chunks
-    batch = (pid // n_blocks // n_chunks).to(tl.int64)
+    own = pid // n_blocks
+    chunk = own % n_chunks
+    first_batch = own // n_chunks * elements
+    own = own.to(tl.int64)
     blocks_per_group = (group_size + BLOCK_D - 1) // BLOCK_D
     group = block // blocks_per_group
     lane = channel_numbers(BLOCK_D, LINES)
@@ -156,30 +171,19 @@ def scan_backward_kernel(
     n = state_numbers(BLOCK_N, TILE)
     tile_there = (first_channel + channel < group_size)[:, None] & (n < d_state)[None, :]
     A2 = tl.load(A[0] + (d[:, None] * A[1] + n[None, :] * A[2]), mask=tile_there, other=0.0).to(tl.float32) * LOG2E
-    x_start = start_of(x, batch, d0)
-    delta_start = start_of(delta, batch, d0)
-    z_start = x_start if z is None else start_of(z, batch, d0)
-    dy_start = start_of(dy, batch, d0)
-    dx_start = start_of(dx, batch, d0)
-    ddelta_start = start_of(ddelta, batch, d0)
-    dz_start = x_start if z is None else start_of(dz, batch, d0)
     row_u = position_numbers(BLOCK_T, ROWS)
     row_n = row_state_numbers(BLOCK_N, ROWS)
     row_there = row_n < d_state
-    B_rows = B[0] + batch * B[1] + group * B[3] + row_n[None, :] * B[4]
-    C_rows = C[0] + batch * C[1] + group * C[3] + row_n[None, :] * C[4]
     # Sums over channels: dB of BLOCK_T positions, then dC of them.
     sum_number = sum_numbers(2 * BLOCK_T, SUMS)
     sum_u = sum_number % BLOCK_T
     sum_n = summed_state_numbers(BLOCK_N, SUMS)
     sum_there = (sum_n < d_state)[None, :]
-    n_batch = tl.num_programs(0) // n_blocks // n_chunks
     pairs = (blocks_per_group + 1) // 2
     n_sums = n_blocks // blocks_per_group * pairs
-    sums_at = dweights[0] + (batch * length * n_sums + group * pairs + block % blocks_per_group // 2) * d_state
+    sums_at = dweights[0] + (group * pairs + block % blocks_per_group // 2) * d_state
     sums_at += (sum_number // BLOCK_T).to(tl.int64)[:, None] * n_batch * length * n_sums * d_state
     sums_at += sum_u[:, None] * POS[9] + sum_n[None, :]
-    own = batch * n_chunks + chunk
     history = shared_tiles(BLOCK_T - 1, BLOCK_D, BLOCK_N, PLAIN)
     over_states = shared_tiles(2 * BLOCK_T, BLOCK_D, BLOCK_N // PARTS[0], PLAIN)
     over_channels = shared_sums(2 * BLOCK_T, PARTS[2], BLOCK_N)
@@ -188,65 +192,76 @@ def scan_backward_kernel(
     dy_kept = shared_values(BLOCK_T, BLOCK_D, VALUES)
     B_shared = shared_rows(BLOCK_T, BLOCK_N, PLAIN)
     C_shared = shared_rows(BLOCK_T, BLOCK_N, PLAIN)
-    edits_here = x_start
-    place = (batch, d, n, tile_there)
-    if edits is not None:
-        edits_here = edits[0] + batch * edits[1]
-
-    carry = load_tile(future, batch, chunk, d, n, tile_there)
+    carry = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
     dA = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
     dD = full_row(0.0, BLOCK_D, LINES)
     dbias = full_row(0.0, BLOCK_D, LINES)
     first = (chunk * chunk_length).to(tl.int32)
     stop = tl.minimum(first + chunk_length, length).to(tl.int32)
     record = tl.cast(0, tl.int32)
-    if dstates is not None:
-        if recorded is not None:
-            record = count_before(recorded[0], recorded[1], stop) - 1
     n_segments = (stop - first + SEGMENT - HEAD + SEGMENT - 1) // SEGMENT
     first_segment = chunk * ((chunk_length + SEGMENT - HEAD + SEGMENT - 1) // SEGMENT)
-    for back in range(0, n_segments):
-        segment = n_segments - 1 - back
+    turns = n_segments
+    if SEVERAL:
+        turns *= tl.minimum(elements, n_batch - first_batch)
+    for turn in range(0, turns):
+        batch = first_batch.to(tl.int64)
+        segment = n_segments - 1 - turn
+        if SEVERAL:
+            batch += turn // n_segments
+            segment = n_segments - 1 - turn % n_segments
+        if segment == n_segments - 1:
+            carry = load_tile(future, batch, chunk, d, n, tile_there)
+            if dstates is not None:
+                if recorded is not None:
+                    record = count_before(recorded[0], recorded[1], stop) - 1
+        x_start = start_of(x, batch, d0)
+        delta_start = start_of(delta, batch, d0)
+        z_start = x_start if z is None else start_of(z, batch, d0)
+        dy_start = start_of(dy, batch, d0)
+        dx_start = start_of(dx, batch, d0)
+        ddelta_start = start_of(ddelta, batch, d0)
+        dz_start = x_start if z is None else start_of(dz, batch, d0)
+        B_rows = B[0] + batch * B[1] + group * B[3] + row_n[None, :] * B[4]
+        C_rows = C[0] + batch * C[1] + group * C[3] + row_n[None, :] * C[4]
+        sums_here = sums_at + batch * length * POS[9]
+        place = (batch, d, n, tile_there)
+        edits_here = x_start
+        if edits is not None:
+            edits_here = edits[0] + batch * edits[1]
         begin = tl.maximum(first + segment * SEGMENT - (SEGMENT - HEAD), first)
         end = tl.minimum(first + (segment + 1) * SEGMENT - (SEGMENT - HEAD), stop)
         rows = (d0, channel, tl.maximum(begin - HEAD, first), dx_start, ddelta_start, dz_start)
         n_pieces = (end - begin + BLOCK_T - 1) // BLOCK_T
-        state = boundary_state(boundaries, first_segment + segment, place, TILE)
+        t0 = begin + (n_pieces - 1) * BLOCK_T
+        before = boundary_state(boundaries, first_segment + segment, place, TILE)
+        source = tl.cast(0, tl.int32)  # the block that the state is before
         x_next = load_rows(x, x_start, lane, begin, begin, end, there, POS[0], BLOCK_T, MASK)
         delta_next = load_rows(delta, delta_start, lane, begin, begin, end, there, POS[1], BLOCK_T, MASK)
-        B_block = load_weights(B_rows, begin, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
-        for piece in range(1, n_pieces):
-            if piece > 1:
-                keep_state(piece - 2, state, kept, own, place, rows, PLANES, OUTPUTS, POS[6])
-            t0 = begin + (piece - 1) * BLOCK_T
-            x_here = x_next
-            delta_here = delta_next
-            put(B_shared, B_block.to(tl.float32))
-            x_next = load_rows(x, x_start, lane, t0 + BLOCK_T, begin, end, there, POS[0], BLOCK_T, MASK)
-            delta_next = load_rows(delta, delta_start, lane, t0 + BLOCK_T, begin, end, there, POS[1], BLOCK_T, MASK)
-            B_block = load_weights(B_rows, t0 + BLOCK_T, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
-            edit = tl.cast(0, tl.int32)
-            if edits is not None:
-                edit = count_before(edits_here, edits[2], t0)
-            for u in tl.static_range(BLOCK_T):
-                step = step_size(delta_here[u], bias_row, SOFTPLUS)
-                put(step_kept[u], step)
-                put(inflow_kept[u], step * x_here[u].to(tl.float32))
-            for u in tl.static_range(BLOCK_T):
-                step = take_value(step_kept[u], TILE)
-                inflow = take_value(inflow_kept[u], TILE)
-                B_row = take_row(B_shared, u, TILE)
-                state, edit = replayed(
-                    state, A2, step, inflow, B_row, t0 + u, edit, edits, edits_here, keep, add, place
-                )
-
-        t0 = begin + (n_pieces - 1) * BLOCK_T
         z_next = load_rows(z, z_start, lane, t0, begin, end, there, POS[2], BLOCK_T, MASK)
         dy_next = load_rows(dy, dy_start, lane, t0, begin, end, there, POS[5], BLOCK_T, MASK)
+        B_block = load_weights(B_rows, begin, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
         C_block = load_weights(C_rows, t0, begin, end, row_u, row_there, POS[4], BLOCK_T, MASK or MASK_N)
-        before = state
         for later in range(0, n_pieces):
             piece = n_pieces - 1 - later
+            for replay in range(source, piece):
+                if later == 0:
+                    k = count_kept(replay, KEPT)
+                    if k > count_kept(replay - 1, KEPT):
+                        keep_state(k - 1, before, kept, own, place, rows, PLANES, OUTPUTS, POS[6])
+                t0 = begin + replay * BLOCK_T
+                x_here = x_next
+                delta_here = delta_next
+                put(B_shared, B_block.to(tl.float32))
+                x_next = load_rows(x, x_start, lane, t0 + BLOCK_T, begin, end, there, POS[0], BLOCK_T, MASK)
+                delta_next = load_rows(delta, delta_start, lane, t0 + BLOCK_T, begin, end, there, POS[1], BLOCK_T, MASK)
+                weights_next = (t0 + BLOCK_T, begin, end, row_u, row_there)
+                B_block = load_weights(B_rows, *weights_next, POS[3], BLOCK_T, MASK or MASK_N)
+                shared = (step_kept, inflow_kept, B_shared)
+                given = (edits, edits_here, keep, add)
+                before = replayed_block(
+                    before, A2, x_here, delta_here, bias_row, shared, t0, given, place, SOFTPLUS, BLOCK_T, TILE
+                )
             t0 = begin + piece * BLOCK_T
             put(B_shared, B_block.to(tl.float32))
             put(C_shared, C_block.to(tl.float32))
@@ -297,11 +312,13 @@ def scan_backward_kernel(
                 for u in tl.static_range(BLOCK_T):
                     dz_row = gates[u] * (take_over_states(over_states[u], LINES) + D_row * x_here[u])
                     store_masked(dz_at + (lane * dz[3] + u * POS[8]), dz_row, there & (t0 + u < end), MASK)
-            x_next = load_rows(x, x_start, lane, t0 - BLOCK_T, begin, end, there, POS[0], BLOCK_T, MASK)
-            delta_next = load_rows(delta, delta_start, lane, t0 - BLOCK_T, begin, end, there, POS[1], BLOCK_T, MASK)
+            source = last_kept(piece - 1, KEPT)
+            from_ = begin + source * BLOCK_T
+            x_next = load_rows(x, x_start, lane, from_, begin, end, there, POS[0], BLOCK_T, MASK)
+            delta_next = load_rows(delta, delta_start, lane, from_, begin, end, there, POS[1], BLOCK_T, MASK)
             z_next = load_rows(z, z_start, lane, t0 - BLOCK_T, begin, end, there, POS[2], BLOCK_T, MASK)
             dy_next = load_rows(dy, dy_start, lane, t0 - BLOCK_T, begin, end, there, POS[5], BLOCK_T, MASK)
-            B_block = load_weights(B_rows, t0 - BLOCK_T, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
+            B_block = load_weights(B_rows, from_, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
             C_block = load_weights(C_rows, t0 - BLOCK_T, begin, end, row_u, row_there, POS[4], BLOCK_T, MASK or MASK_N)
             for u in tl.static_range(BLOCK_T - 1, -1, -1):
                 t = t0 + u
@@ -337,8 +354,8 @@ def scan_backward_kernel(
                 through_A = carry * previous
                 put_over_states(over_states[BLOCK_T + u], through_A * A2, PARTS[0])
                 dA += through_A * step[:, None]
-            if piece > 1:
-                before = kept_state(piece - 2, kept, own, place, rows, PLANES, OUTPUTS, POS[6])
+            if source > 0:
+                before = kept_state(count_kept(source, KEPT) - 1, kept, own, place, rows, PLANES, OUTPUTS, POS[6])
             else:
                 before = boundary_state(boundaries, first_segment + segment, place, TILE)
             for v in tl.static_range(BLOCK_T):
@@ -358,29 +375,12 @@ def scan_backward_kernel(
             sums_mask = sum_there & (t0 + sum_u < end)[:, None]
             sums = take_over_channels(over_channels, SUMS)
             # Two programs add to the same zeros: their sum is the same whoever comes first.
-            tl.atomic_add(sums_at + t0.to(tl.int64) * POS[9], sums, mask=sums_mask, sem="relaxed")
+            tl.atomic_add(sums_here + t0.to(tl.int64) * POS[9], sums, mask=sums_mask, sem="relaxed")
+        if dstart is not None:
+            if (chunk == 0) & (segment == 0):
+                tl.store(tile_at(dstart, batch, 0, d, n), carry, mask=tile_there)
 
     tl.store(tile_at(kept, tl.cast(0, tl.int64), own, d, n), dA, mask=tile_there)
     channel_sums = dchannels[0] + own * 2 * d_inner + d0 + lane
     tl.store(channel_sums, dD, mask=there)
     tl.store(channel_sums + d_inner, dbias, mask=there)
-    if dstart is not None:
-        if chunk == 0:
-            tl.store(tile_at(dstart, batch, 0, d, n), carry, mask=tile_there)
-
-
-@triton.jit(do_not_specialize=["parts"])
-@no_type_check
-def sum_parts_kernel(parts_at, out, parts, width, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr):
-    """out [rows, width] = the sum over the middle axis of [rows, parts, width], always in the same order.
-
-    BLOCK_P parts are in flight at once: one after the other, each would cost the latency of the memory.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    p = tl.arange(0, BLOCK_P)
-    total = tl.zeros((BLOCK_P, BLOCK_W), tl.float32)
-    for part in tl.range(0, parts, BLOCK_P):
-        inside = (part + p < parts)[:, None] & (w < width)[None, :]
-        total += tl.load(parts_at + (row * parts + part + p[:, None]) * width + w[None, :], mask=inside, other=0.0)
-    tl.store(out + row * width + w, tl.sum(total, 0), mask=w < width)

@@ -3,19 +3,23 @@
 What it needs beside its inputs and outputs, as a part of all states (batch × pos × d_inner × d_state in float32):
 
 - partial sums of dB and dC: 1/64 if 64 divides the channels of a group, else 1/32;
-- of a chunk of c positions, the states before its segments, saved by the forward pass, and `planes` states: together at
-  most c/72 + 1.5 √c + 1 of c states. A chunk has at least 32 positions, unless that is all there are;
+- of a chunk of c positions, the states before its segments, saved by the forward pass, and `planes` states;
 - two numbers per channel and chunk: 2/16 of a state for 16 states a channel.
 
-In float32 with z that is 3.0 % at (8, 2048, 5120), 3.7 % at (1, 16384, 2048), 4.0 % at (8, 512, 2048), on an H200.
+A plan keeps that within a twentieth (`MOST_MEMORY`) at the price of replaying some positions again, wherever it can:
+not with fewer than 64 positions a chunk, nor with a short sequence so small a part of a full GPU that each element of
+the batch has a program of its own. Then it takes the least, and for c positions of a program at most
+1/64 + (u + 2/16)/c, with u = c/72 + 3 if states fit into rows of the gradients, else u = c/72 + 1 + 0.75 √c.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ssminterp_kernels.selective_scan.triton_plan import Plan, ceil_div, plan_scan
 
@@ -23,6 +27,11 @@ REGISTERS = 168  # of a thread: what 12 warps on a multiprocessor leave each
 WARPS = 12  # on a multiprocessor at once
 GRAIN = 8  # positions of which chunks and segments are multiples: the forward scan saves states between its tiles
 SHORTEST_CHUNK = 32
+MOST_MEMORY = 1 / 20  # of all states
+# Of every so many states (second) before a segment's inner blocks so many (first) are kept; most first.
+KEPT = ((1, 1), (7, 8), (6, 7), (5, 6), (4, 5), (3, 4), (5, 7), (2, 3), (5, 8), (3, 5), (4, 7), (1, 2), (3, 7), (2, 5))
+TO_BEGIN = 3  # positions that take as long as to begin a program
+LONGEST_PROGRAM = 256  # positions of several batch elements
 LONGEST_SEGMENT = 72  # positions whose inner states, of all programs at once, still lie in the L2 cache
 
 
@@ -31,15 +40,18 @@ class BackwardPlan(Plan):
     """A chunk is taken in segments: its first `head` positions, then `segment` at a time; the last may be shorter.
 
     The forward pass saves the states before them, `boundaries`: none for one segment, which begins with the initial
-    state. The backward pass walks a segment in blocks of `block_t` positions, and keeps the states before its inner
-    blocks: `planes` of them in memory of their own, the others in rows of as many `outputs` (dx, ddelta, dz) that it
-    has not yet computed.
+    state. The backward pass walks a segment in blocks of `block_t` positions, and keeps `kept` of the states before its
+    inner blocks (see `KEPT`): `planes` of them in memory of their own, the others in rows of as many `outputs` (dx,
+    ddelta, dz) that it has not yet computed. Those that are not kept are replayed again from the last that is.
+
+    Of short sequences a program takes `elements` of the batch, one after the other, and adds up their gradients of A.
     """
 
     block_t: int
     head: int
     segment: int
     boundaries: int
+    kept: tuple[int, int]
     planes: int
     outputs: int
 
@@ -53,8 +65,9 @@ class BackwardPlan(Plan):
         return ceil_div(self.blocks_of_group, 2)
 
     def with_own_planes(self) -> BackwardPlan:
-        """The same for outputs in whose rows no states can lie."""
-        return dataclasses.replace(self, outputs=0, planes=_planes(dataclasses.replace(self, outputs=0)))
+        """The same for outputs in whose rows no states can lie: of these every second is kept."""
+        blocks = (ceil_div(min(self.head, self.chunk_length), self.block_t), ceil_div(self.segment, self.block_t))
+        return dataclasses.replace(self, outputs=0, kept=(1, 2), planes=_planes(*blocks, (1, 2), 0, 1))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -95,20 +108,41 @@ def plan_backward(
     # Wide programs write fewer partial sums, unless they would leave more lanes without a channel.
     wide = 64 if (d_inner // n_groups) % 64 == 0 else 32
     plan = plan_chunks(batch, length, d_inner, d_state, n_groups, n_processors, wide)
-    fields = {field.name: getattr(plan, field.name) for field in dataclasses.fields(Plan)}
     chunk_length, n_chunks = plan.chunk_length, plan.n_chunks
     # A state has room in rows of whole blocks only if nothing of it is masked.
     if d_state != 16 or plan.group_size % plan.block_d:
         outputs = 0
     block_t = 4 if plan.block_n <= 32 else 2
+    blocks_of_quarter = 16 // itemsize // block_t
+    covered = min(chunk_length, length)
+    lasting = length - (n_chunks - 1) * chunk_length
+    sums = 2 * n_groups * ceil_div(ceil_div(plan.group_size, plan.block_d), 2) * length / d_inner
+    slots = WARPS * n_processors / plan.num_warps
     options = []
-    for head, segment in _segmentations(min(chunk_length, length)):
-        boundaries = (n_chunks - 1) * _segments(chunk_length, head, segment)
-        boundaries += _segments(length - (n_chunks - 1) * chunk_length, head, segment)
-        cut = {"block_t": block_t, "head": head, "segment": segment, "boundaries": boundaries if boundaries > 1 else 0}
-        option = BackwardPlan(**fields, **cut, planes=0, outputs=outputs)
-        options.append(dataclasses.replace(option, planes=_planes(option, 16 // itemsize // block_t)))
-    return min(options, key=lambda each: (each.boundaries + n_chunks * each.planes, each.segment))
+    for elements in _elements_of_a_program(batch, length, plan.n_blocks, slots) if n_chunks == 1 else [1]:
+        programs = ceil_div(batch, elements) * n_chunks / batch
+        for (head, segment), kept in itertools.product(_segmentations(covered), KEPT):
+            boundaries = (n_chunks - 1) * _segments(chunk_length, head, segment) + _segments(lasting, head, segment)
+            boundaries = boundaries if boundaries > 1 else 0
+            blocks = ceil_div(min(head, covered), block_t), ceil_div(segment, block_t) if covered > head else 0
+            planes = _planes(*blocks, kept, outputs, blocks_of_quarter)
+            memory = sums + boundaries + programs * (planes + 2 / d_state)
+            replays = _replays(blocks[0], kept) + (_segments(covered, head, segment) - 1) * _replays(blocks[1], kept)
+            too_much = max(0.0, memory - MOST_MEMORY * length)
+            options.append((too_much, replays, elements, memory, segment, head, kept, planes, boundaries))
+    _, _, elements, _, segment, head, kept, planes, boundaries = min(options)
+    fields: dict[str, Any] = {field.name: getattr(plan, field.name) for field in dataclasses.fields(Plan)}
+    fields |= {"elements": elements, "block_t": block_t, "head": head, "segment": segment, "boundaries": boundaries}
+    return BackwardPlan(**fields, kept=kept, planes=planes, outputs=outputs)
+
+
+def _elements_of_a_program(batch: int, length: int, n_blocks: int, slots: float) -> list[int]:
+    """How many elements of the batch a program may take, if that should take at most a tenth longer than the best."""
+    most = max(1, min(batch, LONGEST_PROGRAM // length))
+    costs = [
+        (each * length + TO_BEGIN) * _busy(ceil_div(batch, each) * n_blocks / slots) for each in range(1, most + 1)
+    ]
+    return [i + 1 for i, cost in enumerate(costs) if cost <= 1.1 * min(costs)]
 
 
 def _segmentations(chunk_length: int) -> Iterator[tuple[int, int]]:
@@ -123,42 +157,43 @@ def _segments(chunk_length: int, head: int, segment: int) -> int:
     return 1 + ceil_div(max(0, chunk_length - head), segment)
 
 
-def _planes(plan: BackwardPlan, blocks_of_quarter: int = 1) -> int:
-    """How many of the states before a segment's inner blocks do not fit into rows of the outputs; at least one, whose
-    memory dA takes in the end.
+@functools.lru_cache(maxsize=4096)
+def _planes(head_blocks: int, segment_blocks: int, kept: tuple[int, int], outputs: int, blocks_of_quarter: int) -> int:
+    """How many of the states kept before a segment's inner blocks do not fit into rows of the outputs; at least one,
+    whose memory dA takes in the end.
 
     Before block b of a segment is walked, the outputs of all blocks after it may be written. So the states before
     blocks 1 to b have the rows up to block b: of the segment, and of `head` positions before it. A quarter of a state
     takes the rows of `blocks_of_quarter` blocks of one output.
     """
+    of, every = kept
+    planes = 1
+    for blocks, before in ((head_blocks, 0), (segment_blocks, head_blocks)):
+        for b in range(1, blocks - 1):
+            in_rows = (before + b + 1) // blocks_of_quarter * outputs // 4
+            planes = max(planes, b * of // every - in_rows)
+    return planes
 
-    def suffice(planes: int, blocks: int, before: int) -> bool:
-        return all(
-            ceil_div(4 * (k + 1 - planes), plan.outputs) * blocks_of_quarter <= before + k + 2
-            for k in range(planes, blocks - 2)
-        )
 
-    head_blocks = ceil_div(min(plan.head, plan.chunk_length), plan.block_t)
-    segment_blocks = ceil_div(plan.segment, plan.block_t) if plan.chunk_length > plan.head else 0
-    most = max(1, head_blocks - 2, segment_blocks - 2)
-    if plan.outputs == 0:
-        return most
-    return next(
-        planes
-        for planes in range(1, most + 1)
-        if suffice(planes, head_blocks, 0) and suffice(planes, segment_blocks, head_blocks)
-    )
+@functools.lru_cache(maxsize=1024)
+def _replays(blocks: int, kept: tuple[int, int]) -> int:
+    """How many blocks of a segment are replayed again, because states before its inner blocks are not kept."""
+    of, every = kept
+    return sum(b - ceil_div(b * of // every * every, of) for b in range(1, blocks - 1))
+
+
+def _busy(waves: float) -> float:
+    """The time that waves of programs take, in full ones: one that fills a share of the slots takes a third of a full
+    one's and as much of the rest as its share."""
+    whole = int(waves)
+    rest = waves - whole
+    return whole + (1 + 2 * rest) / 3 * (rest > 0)
 
 
 def _cost_of_chunks(warps: int, length: int, chunk_length: int, slots: int) -> float:
     """The backward pass's time in positions of a full GPU: waves of programs, and the pass that summarises chunks.
 
-    A wave that fills a share of the slots takes a third of a full one's time and as much of the rest as its share. To
-    begin a chunk costs what 3 positions do; summarising, a fifth of the pass itself; a short last chunk counts half.
+    Summarising takes a fifth of the pass itself; a short last chunk counts half.
     """
     chunks = (ceil_div(length, chunk_length) + length / chunk_length) / 2
-    waves = warps * chunks / slots
-    whole = int(waves)
-    rest = waves - whole
-    busy = whole + (1 + 2 * rest) / 3 * (rest > 0)
-    return (chunk_length + 3) * busy * (1 if chunk_length >= length else 1.2)
+    return (chunk_length + TO_BEGIN) * _busy(warps * chunks / slots) * (1 if chunk_length >= length else 1.2)

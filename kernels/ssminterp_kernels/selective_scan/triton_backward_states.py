@@ -1,8 +1,8 @@
 """The states that the backward scan begins with, replays, and keeps until it comes back to them.
 
-Kept are those before the inner blocks of a segment. Only PLANES of them have memory of their own. The others lie in
-rows of the gradients as large as x, where those of the segment and of HEAD positions before it are yet to come
-(`triton_backward_plan` sees to it that each state is used before it is overwritten).
+Kept are those before the inner blocks of a segment, all of them or an even part. Only PLANES of them have memory of
+their own. The others lie in rows of the gradients as large as x, where those of the segment and of HEAD positions
+before it are yet to come (`triton_backward_plan` sees to it that each state is used before it is overwritten).
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import no_type_check
 
 import triton.language as tl
 
-from ssminterp_kernels.selective_scan.triton_layouts import full_tile, jit
-from ssminterp_kernels.selective_scan.triton_loads import load_tile, position_or_never, tile_at
+from ssminterp_kernels.selective_scan.triton_layouts import full_tile, jit, put, take_row, take_value
+from ssminterp_kernels.selective_scan.triton_loads import count_before, load_tile, position_or_never, tile_at
+from ssminterp_kernels.selective_scan.triton_math import step_size
 
 
 @jit
@@ -35,6 +36,42 @@ def replayed(state, A2, step, inflow, B, t, edit, edits, edits_here, keep, add, 
 
 @jit
 @no_type_check
+def replayed_block(
+    state,
+    A2,
+    x_rows,
+    delta_rows,
+    bias_row,
+    shared,
+    t0,
+    given,
+    place,
+    SOFTPLUS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The state after BLOCK_T positions from t0 on.
+
+    shared: places for steps and for inflows, and B, which is there. given: edits, this element's, keep and add.
+    """
+    edits, edits_here, keep, add = given
+    edit = tl.cast(0, tl.int32)
+    if edits is not None:
+        edit = count_before(edits_here, edits[2], t0)
+    for u in tl.static_range(BLOCK_T):
+        step = step_size(delta_rows[u], bias_row, SOFTPLUS)
+        put(shared[0][u], step)
+        put(shared[1][u], step * x_rows[u].to(tl.float32))
+    for u in tl.static_range(BLOCK_T):
+        step = take_value(shared[0][u], TILE)
+        inflow = take_value(shared[1][u], TILE)
+        B_row = take_row(shared[2], u, TILE)
+        state, edit = replayed(state, A2, step, inflow, B_row, t0 + u, edit, edits, edits_here, keep, add, place)
+    return state
+
+
+@jit
+@no_type_check
 def boundary_state(boundaries, segment, place, TILE: tl.constexpr):
     """The state before a segment; place: see `replayed`."""
     batch, d, n, tile_there = place
@@ -43,6 +80,20 @@ def boundary_state(boundaries, segment, place, TILE: tl.constexpr):
     else:
         state = load_tile(boundaries, batch, segment, d, n, tile_there)
     return state
+
+
+@jit
+@no_type_check
+def count_kept(block, KEPT: tl.constexpr):
+    """How many of the states before blocks 1 to `block` are kept: KEPT[0] of every KEPT[1], evenly."""
+    return tl.maximum(block, 0) * KEPT[0] // KEPT[1]
+
+
+@jit
+@no_type_check
+def last_kept(block, KEPT: tl.constexpr):
+    """The last block, not after this one, before which the state is kept; 0, before which it is given, if none is."""
+    return (count_kept(block, KEPT) * KEPT[1] + KEPT[0] - 1) // KEPT[0]
 
 
 @jit

@@ -18,7 +18,7 @@ from torch import Tensor
 from ssminterp_kernels.launching import launch, repeated
 from ssminterp_kernels.selective_scan.arguments import ScanArguments
 from ssminterp_kernels.selective_scan.triton_backward_plan import plan_chunks
-from ssminterp_kernels.selective_scan.triton_gradients import futures_of_chunks, sum_parts
+from ssminterp_kernels.selective_scan.triton_gradients import futures_of_chunks
 from ssminterp_kernels.selective_scan.triton_math import (
     advance,
     channel_rows,
@@ -33,6 +33,7 @@ from ssminterp_kernels.selective_scan.triton_math import (
 )
 from ssminterp_kernels.selective_scan.triton_plan import processor_count
 from ssminterp_kernels.selective_scan.triton_scan import scan_forward
+from ssminterp_kernels.selective_scan.triton_sums import sum_parts
 from ssminterp_kernels.selective_scan.triton_tensors import (
     ScanTensors,
     placement,

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ssminterp_kernels.launching import launch, repeated, zeros
 from ssminterp_kernels.selective_scan.triton_adjoint import combine_chunks_kernel, scan_adjoint_kernel
-from ssminterp_kernels.selective_scan.triton_backward import scan_backward_kernel, sum_parts_kernel
+from ssminterp_kernels.selective_scan.triton_backward import scan_backward_kernel
 from ssminterp_kernels.selective_scan.triton_backward_plan import BackwardPlan, plan_backward
 from ssminterp_kernels.selective_scan.triton_chunks import clear_kernel
 from ssminterp_kernels.selective_scan.triton_layouts import layouts_of, parts_of
-from ssminterp_kernels.selective_scan.triton_plan import Plan, next_power_of_2, processor_count
+from ssminterp_kernels.selective_scan.triton_plan import Plan, ceil_div, processor_count
+from ssminterp_kernels.selective_scan.triton_sums import sum_parts
 from ssminterp_kernels.selective_scan.triton_tensors import (
     ScanTensors,
     edit_table,
@@ -95,13 +96,14 @@ def _backward(*arguments: Any) -> tuple[Tensor | None, ...]:
         dkeep, dadd = (new_states(s, batch, s.edits.shape[1]) for _ in range(2))
     n_sums = n_groups * plan.paired_blocks
     dweights = new(2, batch, length, n_sums, d_state)
-    dchannels = new(batch, plan.n_chunks, 2, d_inner)
+    programs = ceil_div(batch, plan.elements) * plan.n_chunks  # of each block of channels
+    dchannels = new(programs, 2, d_inner)
     dstart = None if s.initial_state is None else new_states(s, batch)
     layouts = layouts_of(plan.block_d, plan.block_n, plan.block_t, plan.num_warps)
     large = [tensor for tensor in (dx, ddelta, dz) if tensor is not None]
     if not _hold_rows_of_states(large):
         plan = plan.with_own_planes()
-    kept = new(plan.planes, batch * plan.n_chunks, d_inner, d_state)
+    kept = new(plan.planes, programs, d_inner, d_state)
     masks = masks_of(plan, d_state)
     edits, keep, add, recorded = edit_table(s.edits), strided(s.keep), strided(s.add), position_table(s.recorded)
     tiles = {"BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "num_warps": plan.num_warps}
@@ -112,7 +114,7 @@ def _backward(*arguments: Any) -> tuple[Tensor | None, ...]:
     begin = strided(boundaries) if boundaries is not None else strided_state(s.initial_state)
     launch(
         scan_backward_kernel,
-        (plan.programs(batch),),
+        (programs * plan.n_blocks,),
         *(
             strided(s.x),
             strided(s.delta),
@@ -126,13 +128,15 @@ def _backward(*arguments: Any) -> tuple[Tensor | None, ...]:
         ),
         *(edits, keep, add, recorded, strided(dy), strided(dstates), future, strided(dx), strided(ddelta), strided(dz)),
         *((dweights,), (dchannels,), strided(dkeep), strided(dadd), strided_state(dstart), strided(kept)),
-        *(*placement(plan, length), d_inner, d_state),
+        *(batch, plan.elements, *placement(plan, length), d_inner, d_state),
         POS=(*strides_of_pos(s.x, s.delta, s.z, s.B, s.C, dy, dx, ddelta, dz), n_sums * d_state),
         SOFTPLUS=s.softplus,
         HEAD=plan.head,
         SEGMENT=plan.segment,
         MASK=length % plan.block_t != 0 or masks["MASK_D"],
+        KEPT=plan.kept,
         PLANES=plan.planes,
+        SEVERAL=plan.elements > 1,
         OUTPUTS=plan.outputs,
         MASK_N=masks["MASK_N"],
         BLOCK_T=plan.block_t,
@@ -145,8 +149,8 @@ def _backward(*arguments: Any) -> tuple[Tensor | None, ...]:
     dB, dC = dBC.view(2, batch, length, n_groups, d_state)
     dA = dD = dbias = None
     if of_channels:
-        dA = sum_parts(kept[0], 1, batch * plan.n_chunks, d_state * d_inner, torch.float32).view(d_inner, d_state)
-        sums = sum_parts(dchannels, 1, batch * plan.n_chunks, 2 * d_inner, torch.float32)
+        dA = sum_parts(kept[0], 1, programs, d_state * d_inner, s.A.dtype).view(d_inner, d_state)
+        sums = sum_parts(dchannels, 1, programs, 2 * d_inner, torch.float32)
         dD, dbias = sums.view(-1).split((d_inner, d_inner))
         dD, dbias = None if s.D is None else dD, None if s.bias is None else dbias
     dB, dC = dB.view(given.B.shape), dC.view(given.C.shape)
@@ -230,22 +234,3 @@ def _combine(decays: Tensor, locals_: Tensor, start: Tensor | None) -> None:
         AHEAD=8,
         num_warps=4,
     )
-
-
-def sum_parts(parts: Tensor, rows: int, n_parts: int, width: int, dtype: torch.dtype) -> Tensor:
-    """[rows, n_parts, width], contiguous, summed over its middle axis in a fixed order."""
-    out = torch.empty(rows, width, dtype=dtype, device=parts.device)
-    block_w = min(128, next_power_of_2(width))
-    # Few programs with long rows would each wait for memory many times over.
-    while block_w > 32 and rows * -(-width // block_w) < 8 * processor_count(parts.device):
-        block_w //= 2
-    block_p = min(2048 // block_w, next_power_of_2(n_parts))
-    launch(
-        sum_parts_kernel,
-        (rows, -(-width // block_w)),
-        *(parts, out, n_parts, width),
-        BLOCK_P=block_p,
-        BLOCK_W=block_w,
-        num_warps=1 if block_p * block_w < 1024 else 4,
-    )
-    return out

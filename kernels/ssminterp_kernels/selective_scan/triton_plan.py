@@ -86,7 +86,8 @@ def plan_scan(
         max_registers = 255 if warps_in_one_pass * n_chunks <= 8 * n_processors else 168
     elements = 1
     if n_chunks == 1:
-        elements = _elements_of_a_program(batch, n_blocks, WARPS_FORWARD * n_processors // num_warps, length)
+        slots = max(1, WARPS_FORWARD * n_processors // num_warps)
+        elements = _elements_of_a_program(batch, n_blocks, slots, length)
     return Plan(
         *(block_n, block_d, num_warps, unroll, max_registers, group_size, n_blocks, chunk_length, n_chunks),
         elements=elements,
