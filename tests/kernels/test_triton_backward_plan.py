@@ -103,9 +103,13 @@ def test_every_kept_state_is_still_there_when_it_is_used(drawn: Drawn) -> None:
 
             def cells(k: int, rows_from: int = rows_from) -> list[object]:
                 """Where the k-th of a segment's kept states lies."""
-                if k < plan.planes:
+                in_shared_memory = min(1, plan.outputs)
+                if k < in_shared_memory + plan.planes:
                     return [k]
-                i, rows = k - plan.planes, 16 // drawn.itemsize  # rows of one output, that hold a quarter of a state
+                i, rows = (
+                    k - in_shared_memory - plan.planes,
+                    16 // drawn.itemsize,
+                )  # rows of one output, that hold a quarter of a state
                 if plan.outputs == 2:
                     quarters = [(q % 2, 2 * i + q // 2) for q in range(4)]
                 else:

@@ -26,7 +26,6 @@ import triton.language as tl
 
 from ssminterp_kernels.selective_scan.triton_backward_states import (
     boundary_state,
-    count_kept,
     keep_state,
     kept_state,
     last_kept,
@@ -185,6 +184,7 @@ def scan_backward_kernel(
     sums_at += (sum_number // BLOCK_T).to(tl.int64)[:, None] * n_batch * length * n_sums * d_state
     sums_at += sum_u[:, None] * POS[9] + sum_n[None, :]
     history = shared_tiles(BLOCK_T - 1, BLOCK_D, BLOCK_N, PLAIN)
+    spare = shared_tiles(1 if OUTPUTS > 0 else 0, BLOCK_D, BLOCK_N, PLAIN)
     over_states = shared_tiles(2 * BLOCK_T, BLOCK_D, BLOCK_N // PARTS[0], PLAIN)
     over_channels = shared_sums(2 * BLOCK_T, PARTS[2], BLOCK_N)
     step_kept = shared_values(BLOCK_T, BLOCK_D, VALUES)
@@ -246,9 +246,7 @@ def scan_backward_kernel(
             piece = n_pieces - 1 - later
             for replay in range(source, piece):
                 if later == 0:
-                    k = count_kept(replay, KEPT)
-                    if k > count_kept(replay - 1, KEPT):
-                        keep_state(k - 1, before, kept, own, place, rows, PLANES, OUTPUTS, POS[6])
+                    keep_state(replay, before, spare, kept, own, place, rows, KEPT, PLANES, OUTPUTS, POS[6])
                 t0 = begin + replay * BLOCK_T
                 x_here = x_next
                 delta_here = delta_next
@@ -355,7 +353,7 @@ def scan_backward_kernel(
                 put_over_states(over_states[BLOCK_T + u], through_A * A2, PARTS[0])
                 dA += through_A * step[:, None]
             if source > 0:
-                before = kept_state(count_kept(source, KEPT) - 1, kept, own, place, rows, PLANES, OUTPUTS, POS[6])
+                before = kept_state(source, spare, kept, own, place, rows, KEPT, PLANES, OUTPUTS, POS[6], TILE)
             else:
                 before = boundary_state(boundaries, first_segment + segment, place, TILE)
             for v in tl.static_range(BLOCK_T):

@@ -29,7 +29,7 @@ GRAIN = 8  # positions of which chunks and segments are multiples: the forward s
 SHORTEST_CHUNK = 32
 MOST_MEMORY = 1 / 20  # of all states
 # Of every so many states (second) before a segment's inner blocks so many (first) are kept; most first.
-KEPT = ((1, 1), (7, 8), (6, 7), (5, 6), (4, 5), (3, 4), (5, 7), (2, 3), (5, 8), (3, 5), (4, 7), (1, 2), (3, 7), (2, 5))
+KEPT = ((1, 1), (15, 16), (7, 8), (6, 7), (5, 6), (4, 5), (3, 4), (5, 7), (2, 3), (3, 5), (1, 2), (3, 7), (2, 5))
 TO_BEGIN = 3  # positions that take as long as to begin a program
 LONGEST_PROGRAM = 256  # positions of several batch elements
 LONGEST_SEGMENT = 72  # positions whose inner states, of all programs at once, still lie in the L2 cache
@@ -129,8 +129,9 @@ def plan_backward(
             memory = sums + boundaries + programs * (planes + 2 / d_state)
             replays = _replays(blocks[0], kept) + (_segments(covered, head, segment) - 1) * _replays(blocks[1], kept)
             too_much = max(0.0, memory - MOST_MEMORY * length)
-            options.append((too_much, replays, elements, memory, segment, head, kept, planes, boundaries))
-    _, _, elements, _, segment, head, kept, planes, boundaries = min(options)
+            unlike = -batch % elements  # programs that all have as much to do are quickest
+            options.append((too_much, replays, unlike, elements, memory, segment, head, kept, planes, boundaries))
+    _, _, _, elements, _, segment, head, kept, planes, boundaries = min(options)
     fields: dict[str, Any] = {field.name: getattr(plan, field.name) for field in dataclasses.fields(Plan)}
     fields |= {"elements": elements, "block_t": block_t, "head": head, "segment": segment, "boundaries": boundaries}
     return BackwardPlan(**fields, kept=kept, planes=planes, outputs=outputs)
@@ -159,19 +160,20 @@ def _segments(chunk_length: int, head: int, segment: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _planes(head_blocks: int, segment_blocks: int, kept: tuple[int, int], outputs: int, blocks_of_quarter: int) -> int:
-    """How many of the states kept before a segment's inner blocks do not fit into rows of the outputs; at least one,
-    whose memory dA takes in the end.
+    """How many of the states kept before inner blocks need memory of their own: at least one, which is dA in the end.
 
+    The first waits in shared memory, the others in rows of the outputs as far as they fit there.
     Before block b of a segment is walked, the outputs of all blocks after it may be written. So the states before
     blocks 1 to b have the rows up to block b: of the segment, and of `head` positions before it. A quarter of a state
     takes the rows of `blocks_of_quarter` blocks of one output.
     """
     of, every = kept
     planes = 1
+    in_shared_memory = min(1, outputs)
     for blocks, before in ((head_blocks, 0), (segment_blocks, head_blocks)):
         for b in range(1, blocks - 1):
             in_rows = (before + b + 1) // blocks_of_quarter * outputs // 4
-            planes = max(planes, b * of // every - in_rows)
+            planes = max(planes, b * of // every - in_shared_memory - in_rows)
     return planes
 
 

@@ -1,8 +1,9 @@
 """The states that the backward scan begins with, replays, and keeps until it comes back to them.
 
-Kept are those before the inner blocks of a segment, all of them or an even part. Only PLANES of them have memory of
-their own. The others lie in rows of the gradients as large as x, where those of the segment and of HEAD positions
-before it are yet to come (`triton_backward_plan` sees to it that each state is used before it is overwritten).
+Kept are those before the inner blocks of a segment, all of them or an even part. The first waits in shared memory, and
+PLANES of them have memory of their own. The others lie in rows of the gradients as large as x, where those of the
+segment and of HEAD positions before it are yet to come (`triton_backward_plan` sees to it that each state is used
+before it is overwritten). Where they cannot lie there, all have memory of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import no_type_check
 
 import triton.language as tl
 
-from ssminterp_kernels.selective_scan.triton_layouts import full_tile, jit, put, take_row, take_value
+from ssminterp_kernels.selective_scan.triton_layouts import full_tile, jit, put, take_row, take_tile, take_value
 from ssminterp_kernels.selective_scan.triton_loads import count_before, load_tile, position_or_never, tile_at
 from ssminterp_kernels.selective_scan.triton_math import step_size
 
@@ -138,50 +139,64 @@ def _place_in_plane(k, kept, own, rows, n, BLOCK_N: tl.constexpr):
 @jit
 @no_type_check
 def keep_state(
-    k,
+    block,
     state,
+    spare,
     kept,
     own,
     place,
     rows,
+    KEPT: tl.constexpr,
     PLANES: tl.constexpr,
     OUTPUTS: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
-    """Keep the k-th state of a segment.
+    """Keep the state before a block, if it is to be kept; the first in shared memory, `spare`, if there are OUTPUTS.
 
     kept: memory [PLANES, programs, d_inner, d_state], of which item `own` is this program's. place: see `replayed`;
     rows and what belongs to them: see `_place_in_rows`.
     """
     d, n, tile_there = place[1], place[2], place[3]
-    if OUTPUTS == 0:
-        tl.store(tile_at(kept, tl.cast(k, tl.int64), own, d, n), state, mask=tile_there)
-    else:
-        if k < PLANES:
-            tl.store(_place_in_plane(k, kept, own, rows, n, tile_there.shape[1]), state)
+    k = count_kept(block, KEPT) - 1
+    if k >= count_kept(block - 1, KEPT):
+        if OUTPUTS == 0:
+            tl.store(tile_at(kept, tl.cast(k, tl.int64), own, d, n), state, mask=tile_there)
         else:
-            tl.store(_place_in_rows(k - PLANES, rows, n, tile_there.shape[0], OUTPUTS, STRIDE), state)
+            if k == 0:
+                put(spare[0], state)
+            else:
+                if k <= PLANES:
+                    tl.store(_place_in_plane(k - 1, kept, own, rows, n, tile_there.shape[1]), state)
+                else:
+                    tl.store(_place_in_rows(k - 1 - PLANES, rows, n, tile_there.shape[0], OUTPUTS, STRIDE), state)
 
 
 @jit
 @no_type_check
 def kept_state(
-    k,
+    block,
+    spare,
     kept,
     own,
     place,
     rows,
+    KEPT: tl.constexpr,
     PLANES: tl.constexpr,
     OUTPUTS: tl.constexpr,
     STRIDE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """What was kept by `keep_state`."""
+    """What was kept by `keep_state` before this block."""
     d, n, tile_there = place[1], place[2], place[3]
+    k = count_kept(block, KEPT) - 1
     if OUTPUTS == 0:
         state = load_tile(kept, tl.cast(k, tl.int64), own, d, n, tile_there)
     else:
-        if k < PLANES:
-            state = tl.load(_place_in_plane(k, kept, own, rows, n, tile_there.shape[1]))
+        if k == 0:
+            state = take_tile(spare[0], TILE)
         else:
-            state = tl.load(_place_in_rows(k - PLANES, rows, n, tile_there.shape[0], OUTPUTS, STRIDE))
+            if k <= PLANES:
+                state = tl.load(_place_in_plane(k - 1, kept, own, rows, n, tile_there.shape[1]))
+            else:
+                state = tl.load(_place_in_rows(k - 1 - PLANES, rows, n, tile_there.shape[0], OUTPUTS, STRIDE))
     return state
