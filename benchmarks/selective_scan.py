@@ -42,6 +42,7 @@ CEILINGS = {
     (1, 16384, 2048): (0.45, 1.5, 0.45, 1.5),
     (8, 2048, 5120): (0.80, 3.2, 0.90, 2.9),
 }
+COPIED_BYTES = 2**31  # read and written
 EXTRA_SHAPES = ((8, 512, 2048), (1, 16384, 2048), (8, 2048, 5120))
 
 
@@ -66,6 +67,27 @@ def input_sets(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
 
 def graph_ms(calls: list[Callable[[], Any]], replays: int = 20) -> float:
     """The median time of one call in ms, all calls in one CUDA graph."""
+    return alternating_ms({"": calls}, replays)[""]
+
+
+def alternating_ms(calls: dict[str, list[Callable[[], Any]]], replays: int = 20) -> dict[str, float]:
+    """`graph_ms` of each by name, replayed in turn: what changes with time then changes all of them."""
+    graphs = {name: captured(each) for name, each in calls.items()}
+    # Capturing gives free memory back to the driver, and for some time after that a GPU is slower.
+    time.sleep(0.1)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(replays + 3):
+        for name, graph in graphs.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(stop) / len(calls[name]))
+    return {name: statistics.median(each[3:]) for name, each in times.items()}
+
+
+def captured(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for call in calls:
@@ -75,18 +97,7 @@ def graph_ms(calls: list[Callable[[], Any]], replays: int = 20) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    # Capturing gives free memory back to the driver, and for some time after that a GPU is slower.
-    time.sleep(0.1)
-    times = []
-    for i in range(replays + 3):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        if i >= 3:
-            times.append(start.elapsed_time(stop) / len(calls))
-    return statistics.median(times)
+    return graph
 
 
 @triton.jit
@@ -99,12 +110,16 @@ def _exponentials(out, repeats, BLOCK: tl.constexpr):
     tl.store(out + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), v + w)
 
 
+def large_copy() -> Callable[[], Tensor]:
+    """A kernel that copies: the copy engine behind copy_ reaches two thirds of its bandwidth."""
+    source = torch.empty(COPIED_BYTES // 8, dtype=torch.float32, device="cuda").normal_()
+    target = torch.empty_like(source)
+    return lambda: torch.mul(source, 1.0, out=target)
+
+
 def floors() -> dict[str, float]:
     """Copy bandwidth in bytes per ms (read plus written) and exponentials per ms."""
-    source = torch.empty(2**28, dtype=torch.float32, device="cuda").normal_()
-    target = torch.empty_like(source)
-    # A kernel that copies: the copy engine behind copy_ reaches two thirds of its bandwidth.
-    copy = 2 * source.numel() * 4 / graph_ms([lambda: torch.mul(source, 1.0, out=target)])
+    copy = COPIED_BYTES / graph_ms([large_copy()])
     programs, block, repeats = 132 * 16, 512, 2000
     out = torch.empty(programs * block, device="cuda")
     exponentials = graph_ms([lambda: _exponentials[(programs,)](out, repeats, BLOCK=block, num_warps=4)])
@@ -154,39 +169,39 @@ def mamba_ssm_ms(s: Any) -> dict[str, float]:
     return {"mamba_ssm_forward_ms": alone, "mamba_ssm_backward_ms": both - alone}
 
 
-def time_extras(shape: tuple[int, int, int], floor: dict[str, float]) -> dict[str, Any]:
+def time_extras(shape: tuple[int, int, int]) -> dict[str, Any]:
     """States and adjoints everywhere, states at 8 positions, 64 edited positions; float32."""
     batch, length, d_inner = shape
-    eighth, part = length // 8, length // 64
-    plain = random_arguments(shape, torch.float32)
-    adds = {
-        "one_value_per_channel": torch.randn(1, 1, d_inner, D_STATE, device="cuda"),
-        "one_value_per_example": torch.randn(batch, 64, d_inner, D_STATE, device="cuda"),
-    }
-    base = graph_ms([lambda: scan_forward(scan_tensors(plain), save=False)])
-    eight = scan_tensors(plain._replace(states=tuple(range(5, length, eighth))))
-    result = {
+    sets = [random_arguments(shape, torch.float32) for _ in range(4)]
+
+    def scans(**changes: Any) -> list[Callable[[], Any]]:
+        tensors = [scan_tensors(each._replace(**changes)) for each in sets]
+        return [lambda s=s: scan_forward(s, save=False) for s in tensors]  # type: ignore[misc]
+
+    calls = {"plain": scans(), "eight_positions": scans(states=tuple(range(5, length, length // 8)))}
+    for name, values in (("one_value_per_channel", 1), ("one_value_per_example", batch)):
+        n_values = 1 if values == 1 else 64
+        add = torch.randn(values, n_values, d_inner, D_STATE, device="cuda")
+        edits = StateEdits(tuple(range(0, length, length // 64)), torch.zeros(1, 1, 1, 1, device="cuda"), add)
+        calls[f"edits_{name}"] = scans(edits=edits)
+    times = alternating_ms(calls)
+    del calls
+    torch.cuda.empty_cache()
+    adjoints = [
+        lambda p=p: adjoint_states(p.x, p.delta, p.A, p.C, p.z, p.delta_bias, True, backend="triton")  # type: ignore[misc]
+        for p in sets
+    ]
+    halves = scans(states="all", states_dtype=torch.bfloat16)
+    everywhere = {"all_states": scans(states="all"), "all_adjoints": adjoints, "all_states_bfloat16": halves}
+    times |= alternating_ms({"copy": [large_copy()], **everywhere}, replays=10)
+    bytes_of_one = 4 * batch * length * d_inner
+    ms_of_one = bytes_of_one / (COPIED_BYTES / times["copy"])  # of a tensor [batch, pos, d_inner] at copy bandwidth
+    return {
         "shape": shape,
-        "plain_ms": base,
-        "eight_positions_ms": graph_ms([lambda: scan_forward(eight, save=False)]),
+        **{f"{name}_ms": ms for name, ms in times.items()},
+        "all_states_of_copy": (4 + D_STATE) * ms_of_one / times["all_states"],
+        "all_adjoints_of_copy": (3 + D_STATE) * ms_of_one / times["all_adjoints"],
     }
-    for name, add in adds.items():
-        edits = StateEdits(tuple(range(0, length, part)), torch.zeros(1, 1, 1, 1, device="cuda"), add)
-        edited = scan_tensors(plain._replace(edits=edits))
-        result[f"edits_{name}_ms"] = graph_ms([lambda s=edited: scan_forward(s, save=False)])  # type: ignore[misc]
-    everywhere = scan_tensors(plain._replace(states="all"))
-    states = graph_ms([lambda: scan_forward(everywhere, save=False)], replays=5)
-    p = plain
-    adjoints = graph_ms(
-        [lambda: adjoint_states(p.x, p.delta, p.A, p.C, p.z, p.delta_bias, True, backend="triton")], replays=5
-    )
-    elements = 4 * batch * length * d_inner
-    halves = scan_tensors(plain._replace(states="all", states_dtype=torch.bfloat16))
-    states_in_halves = graph_ms([lambda: scan_forward(halves, save=False)], replays=5)
-    result |= {"all_states_ms": states, "all_adjoints_ms": adjoints, "all_states_bfloat16_ms": states_in_halves}
-    result["all_states_of_copy"] = elements * (4 + D_STATE) / states / floor["copy_bytes_per_ms"]
-    result["all_adjoints_of_copy"] = elements * (3 + D_STATE) / adjoints / floor["copy_bytes_per_ms"]
-    return result
 
 
 def peak_memory(s: ScanTensors) -> dict[str, float]:
@@ -262,7 +277,7 @@ def main() -> None:
     if not chosen.no_extras:
         result["python_microseconds"] = python_microseconds()
         for shape in EXTRA_SHAPES:
-            result["extras"].append(time_extras(shape, result))
+            result["extras"].append(time_extras(shape))
             print(result["extras"][-1], flush=True)
             chosen.out.write_text(json.dumps(result, indent=1) + "\n")
             torch.cuda.empty_cache()
