@@ -179,9 +179,8 @@ def time_extras(shape: tuple[int, int, int]) -> dict[str, Any]:
         return [lambda s=s: scan_forward(s, save=False) for s in tensors]  # type: ignore[misc]
 
     calls = {"plain": scans(), "eight_positions": scans(states=tuple(range(5, length, length // 8)))}
-    for name, values in (("one_value_per_channel", 1), ("one_value_per_example", batch)):
-        n_values = 1 if values == 1 else 64
-        add = torch.randn(values, n_values, d_inner, D_STATE, device="cuda")
+    for name, *sizes in (("one_value_per_channel", 1, 1), ("one_value_per_example", batch, 64)):
+        add = torch.randn(*sizes, d_inner, D_STATE, device="cuda")
         edits = StateEdits(tuple(range(0, length, length // 64)), torch.zeros(1, 1, 1, 1, device="cuda"), add)
         calls[f"edits_{name}"] = scans(edits=edits)
     times = alternating_ms(calls)
