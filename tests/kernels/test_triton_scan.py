@@ -142,7 +142,8 @@ def test_chunks_equal_one_pass(
     s = triton_tensors.scan_tensors(check_arguments(ScanArguments(**inputs)))
     outputs = []
     for length in (104, chunk_length):
-        changes = {"chunk_length": length, "n_chunks": -(-case.length // length)}
+        held = 10 if length == chunk_length and states == "all" and not edits else 0
+        changes = {"chunk_length": length, "n_chunks": -(-case.length // length), "held": held}
         monkeypatch.setattr(
             triton_scan, "forward_plan", lambda s, save, c=changes: dataclasses.replace(chosen(s, save), **c)
         )

@@ -157,7 +157,7 @@ if INTERPRETED:
 
     @no_type_check
     def held_blocks(COUNT, BLOCK_T, BLOCK_D, DTYPE):
-        return [None] * COUNT
+        return [tl.full((BLOCK_T, BLOCK_D), 0.0, DTYPE)] * COUNT
 
     @no_type_check
     def hold(place, i, block):
