@@ -192,6 +192,7 @@ def scan_backward_kernel(
     dy_kept = shared_values(BLOCK_T, BLOCK_D, VALUES)
     B_shared = shared_rows(BLOCK_T, BLOCK_N, PLAIN)
     C_shared = shared_rows(BLOCK_T, BLOCK_N, PLAIN)
+    shared = (step_kept, inflow_kept, B_shared)
     carry = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
     dA = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)
     dD = full_row(0.0, BLOCK_D, LINES)
@@ -229,37 +230,36 @@ def scan_backward_kernel(
         edits_here = x_start
         if edits is not None:
             edits_here = edits[0] + batch * edits[1]
+        given = (edits, edits_here, keep, add)
         begin = tl.maximum(first + segment * SEGMENT - (SEGMENT - HEAD), first)
         end = tl.minimum(first + (segment + 1) * SEGMENT - (SEGMENT - HEAD), stop)
         rows = (d0, channel, tl.maximum(begin - HEAD, first), dx_start, ddelta_start, dz_start)
         n_pieces = (end - begin + BLOCK_T - 1) // BLOCK_T
-        t0 = begin + (n_pieces - 1) * BLOCK_T
         before = boundary_state(boundaries, first_segment + segment, place, TILE)
-        source = tl.cast(0, tl.int32)  # the block that the state is before
         x_next = load_rows(x, x_start, lane, begin, begin, end, there, POS[0], BLOCK_T, MASK)
         delta_next = load_rows(delta, delta_start, lane, begin, begin, end, there, POS[1], BLOCK_T, MASK)
+        B_block = load_weights(B_rows, begin, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
+        inputs = (x, x_start, delta, delta_start, B_rows, A2, bias_row)
+        where = (lane, there, begin, end, row_u, row_there)
+        for replay in range(0, n_pieces - 1):
+            keep_state(replay, before, spare, kept, own, place, rows, KEPT, PLANES, OUTPUTS, POS[6])
+            before, x_next, delta_next, B_block = replayed_block(
+                *(replay, before, x_next, delta_next, B_block, inputs, where, shared, given, place),
+                *(POS, SOFTPLUS, MASK, MASK_N, BLOCK_T, TILE),
+            )
+        t0 = begin + (n_pieces - 1) * BLOCK_T
         z_next = load_rows(z, z_start, lane, t0, begin, end, there, POS[2], BLOCK_T, MASK)
         dy_next = load_rows(dy, dy_start, lane, t0, begin, end, there, POS[5], BLOCK_T, MASK)
-        B_block = load_weights(B_rows, begin, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
         C_block = load_weights(C_rows, t0, begin, end, row_u, row_there, POS[4], BLOCK_T, MASK or MASK_N)
+        source = n_pieces - 1  # the block that the state is before
         for later in range(0, n_pieces):
             piece = n_pieces - 1 - later
-            for replay in range(source, piece):
-                if later == 0:
-                    keep_state(replay, before, spare, kept, own, place, rows, KEPT, PLANES, OUTPUTS, POS[6])
-                t0 = begin + replay * BLOCK_T
-                x_here = x_next
-                delta_here = delta_next
-                put(B_shared, B_block.to(tl.float32))
-                x_next = load_rows(x, x_start, lane, t0 + BLOCK_T, begin, end, there, POS[0], BLOCK_T, MASK)
-                delta_next = load_rows(delta, delta_start, lane, t0 + BLOCK_T, begin, end, there, POS[1], BLOCK_T, MASK)
-                weights_next = (t0 + BLOCK_T, begin, end, row_u, row_there)
-                B_block = load_weights(B_rows, *weights_next, POS[3], BLOCK_T, MASK or MASK_N)
-                shared = (step_kept, inflow_kept, B_shared)
-                given = (edits, edits_here, keep, add)
-                before = replayed_block(
-                    before, A2, x_here, delta_here, bias_row, shared, t0, given, place, SOFTPLUS, BLOCK_T, TILE
-                )
+            if KEPT[0] < KEPT[1]:
+                for replay in range(source, piece):
+                    before, x_next, delta_next, B_block = replayed_block(
+                        *(replay, before, x_next, delta_next, B_block, inputs, where, shared, given, place),
+                        *(POS, SOFTPLUS, MASK, MASK_N, BLOCK_T, TILE),
+                    )
             t0 = begin + piece * BLOCK_T
             put(B_shared, B_block.to(tl.float32))
             put(C_shared, C_block.to(tl.float32))

@@ -13,7 +13,14 @@ from typing import no_type_check
 import triton.language as tl
 
 from ssminterp_kernels.selective_scan.triton_layouts import full_tile, jit, put, take_row, take_tile, take_value
-from ssminterp_kernels.selective_scan.triton_loads import count_before, load_tile, position_or_never, tile_at
+from ssminterp_kernels.selective_scan.triton_loads import (
+    count_before,
+    load_rows,
+    load_tile,
+    load_weights,
+    position_or_never,
+    tile_at,
+)
 from ssminterp_kernels.selective_scan.triton_math import step_size
 
 
@@ -38,24 +45,36 @@ def replayed(state, A2, step, inflow, B, t, edit, edits, edits_here, keep, add, 
 @jit
 @no_type_check
 def replayed_block(
+    replay,
     state,
-    A2,
     x_rows,
     delta_rows,
-    bias_row,
+    B_block,
+    inputs,
+    where,
     shared,
-    t0,
     given,
     place,
+    POS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The state after BLOCK_T positions from t0 on.
+    """The state after a block of a segment, and x, delta and B of the next.
 
-    shared: places for steps and for inflows, and B, which is there. given: edits, this element's, keep and add.
+    inputs: x, delta and B and where they start, A and bias. where: lanes, the segment's begin and end, numbers of rows.
+    shared: places for steps, inflows and B. given: edits, this element's, keep and add.
     """
+    x, x_start, delta, delta_start, B_rows, A2, bias_row = inputs
+    lane, there, begin, end, row_u, row_there = where
     edits, edits_here, keep, add = given
+    t0 = begin + replay * BLOCK_T
+    put(shared[2], B_block.to(tl.float32))
+    x_next = load_rows(x, x_start, lane, t0 + BLOCK_T, begin, end, there, POS[0], BLOCK_T, MASK)
+    delta_next = load_rows(delta, delta_start, lane, t0 + BLOCK_T, begin, end, there, POS[1], BLOCK_T, MASK)
+    B_next = load_weights(B_rows, t0 + BLOCK_T, begin, end, row_u, row_there, POS[3], BLOCK_T, MASK or MASK_N)
     edit = tl.cast(0, tl.int32)
     if edits is not None:
         edit = count_before(edits_here, edits[2], t0)
@@ -68,7 +87,7 @@ def replayed_block(
         inflow = take_value(shared[1][u], TILE)
         B_row = take_row(shared[2], u, TILE)
         state, edit = replayed(state, A2, step, inflow, B_row, t0 + u, edit, edits, edits_here, keep, add, place)
-    return state
+    return state, x_next, delta_next, B_next
 
 
 @jit
