@@ -80,6 +80,9 @@ GPU_CASES = (
     ScanCase(length=2500, batch=3, d_inner=33, d_state=16, states="all"),
     ScanCase(length=19, batch=300, d_inner=64, d_state=16, edit_positions=(2, 9, 10), states=(7, 9, 18)),
     ScanCase(batch=70, length=16, d_inner=64, d_state=16, edit_positions=(3,)),
+    # the backward pass: several elements a program, and states that are not kept
+    ScanCase(batch=131, length=16, d_inner=1024, d_state=16, states=None, dtype=BF16),
+    ScanCase(batch=1, length=1000, d_inner=1536, d_state=16, states=None, dtype=BF16),
     *(
         ScanCase(length=70, d_inner=256, d_state=16, n_groups=2, dtype=dtype, edit_positions=(3, 64))
         for dtype in (torch.float32, BF16)

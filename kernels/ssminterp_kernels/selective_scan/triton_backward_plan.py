@@ -41,8 +41,9 @@ class BackwardPlan(Plan):
 
     The forward pass saves the states before them, `boundaries`: none for one segment, which begins with the initial
     state. The backward pass walks a segment in blocks of `block_t` positions, and keeps `kept` of the states before its
-    inner blocks (see `KEPT`): `planes` of them in memory of their own, the others in rows of as many `outputs` (dx,
-    ddelta, dz) that it has not yet computed. Those that are not kept are replayed again from the last that is.
+    inner blocks (see `KEPT`): the first in shared memory, `planes` of them in memory of their own, the others in rows
+    of as many `outputs` (dx, ddelta, dz) that it has not yet computed; with no outputs, all in memory of their own.
+    Those that are not kept are replayed again from the last that is.
 
     Of short sequences a program takes `elements` of the batch, one after the other, and adds up their gradients of A.
     """
