@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -51,7 +52,9 @@ class Drawn(NamedTuple):
     def most_memory(self) -> float:
         """The bound that the module states, as a part of all states."""
         c = self.batch * self.length / self.programs
-        states = c / 72 + (3 if self.plan.outputs else 1 + 0.75 * c**0.5)
+        whole = 8 * math.ceil(c / 8)
+        of_elements = self.plan.elements if self.plan.elements > 1 else 0
+        states = whole / 72 + of_elements + (3 if self.plan.outputs else 20)
         sums = 2 * self.plan.paired_blocks / self.d_inner
         return max(1 / 20, sums + (states + 2 / self.d_state) / c)
 
