@@ -2,8 +2,8 @@
 
 Rows come in tiles of n, each of which goes on from the same n pasts, and lie in a tile as `Packing` says. The functions
 are for float32 on the CPU; `triton_stages` has them for GPUs, and `triton_joint` the scan of rows and of the runs that
-they go on from, in one launch. They are the stages of a Mamba-1 mixer between its matrix
-products (Gu & Dao 2023, arXiv:2312.00752, section 3), each in one pass over memory:
+they go on from, in one launch. They are the stages of a Mamba-1 mixer between its matrix products (Gu & Dao 2023,
+arXiv:2312.00752, section 3), each in one pass over memory:
 
     conv_silu         the causal conv and SiLU
     scanned_rows      Δ's bias and softplus, the scan, D and the gate

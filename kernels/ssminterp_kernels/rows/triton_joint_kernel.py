@@ -11,16 +11,8 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from ssminterp_kernels.rows.triton_kernels import write_gated
-from ssminterp_kernels.selective_scan.triton_math import (
-    LOG2E,
-    advance,
-    load_channels,
-    load_wide,
-    step_size,
-    store_wide,
-    tile,
-)
+from ssminterp_kernels.rows.triton_kernels import load_state, store_state, write_gated
+from ssminterp_kernels.selective_scan.triton_math import LOG2E, advance, load_channels, step_size
 
 # What a fork takes from the source run at its site; `triton_joint` gives them names.
 STATE, DELTA, B_ROW = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -96,10 +88,7 @@ def joint_scan_kernel(
     there = d < d_inner
     n_there = n < d_state
     tile_there = n_there[:, None] & there[None, :]
-    if WIDE:
-        A2 = load_wide(A, d, d_state, there, BLOCK_N) * LOG2E
-    else:
-        A2 = tl.load(tile(A, d, d_state, n, 1, zero), mask=tile_there, other=0.0) * LOG2E
+    A2 = load_state(A, d, d_state, n, there, tile_there, zero, WIDE) * LOG2E
     bias_row = load_channels(bias, d, there)
     D_row = load_channels(D, d, there)
     if unit < n_runs:
@@ -114,12 +103,7 @@ def joint_scan_kernel(
             upcoming = _inputs_at(x, delta, B, C, gate, token, d, n, there, n_there)
             state = advance(state, A2, step_size(now_delta, bias_row, True), now_x, now_B)
             write_gated(state, now_x, now_C, D_row, z, out_at, there)
-            if slot >= 0:
-                state_at = states + tl.cast(slot, tl.int64) * d_inner * d_state
-                if WIDE:
-                    store_wide(state_at, d, d_state, state, there)
-                else:
-                    tl.store(state_at + d[None, :] * d_state + n[:, None], state, mask=tile_there)
+            store_state(states, slot, d, d_inner, d_state, n, state, there, tile_there, WIDE)
         tl.debug_barrier()
         tl.atomic_add(finished + block, 1, sem="release")
     else:
@@ -146,10 +130,7 @@ def joint_scan_kernel(
             pass
         tl.debug_barrier()
         first_state = states + site.to(tl.int64) * d_inner * d_state
-        if WIDE:
-            state = load_wide(first_state, d, d_state, there, BLOCK_N)
-        else:
-            state = tl.load(tile(first_state, d, d_state, n, 1, zero), mask=tile_there, other=0.0)
+        state = load_state(first_state, d, d_state, n, there, tile_there, zero, WIDE)
         within = row
         for t in tl.range(0, row_length):
             now_x, now_delta, now_B, now_C, z = x_row, delta_row, B_values, C_values, z_row

@@ -141,6 +141,29 @@ def _load_row(x, delta, B, C, tile_, token, d, n, there, n_there):
 
 @triton.jit
 @no_type_check
+def load_state(at, d, d_state, n, there, tile_there, zero, WIDE: tl.constexpr):
+    """Float32 [BLOCK_N, BLOCK_D] of a state, or of A; WIDE: a channel has BLOCK_N numbers, and at least 4."""
+    if WIDE:
+        state = load_wide(at, d, d_state, there, n.shape[0])
+    else:
+        state = tl.load(tile(at, d, d_state, n, 1, zero), mask=tile_there, other=0.0)
+    return state
+
+
+@triton.jit
+@no_type_check
+def store_state(states, slot, d, d_inner, d_state, n, state, there, tile_there, WIDE: tl.constexpr):
+    """Write a state to its slot, if that is not negative."""
+    if slot >= 0:
+        state_at = states + tl.cast(slot, tl.int64) * d_inner * d_state
+        if WIDE:
+            store_wide(state_at, d, d_state, state, there)
+        else:
+            tl.store(state_at + d[None, :] * d_state + n[:, None], state, mask=tile_there)
+
+
+@triton.jit
+@no_type_check
 def write_gated(state, x, C, D_row, z, out_at, there):
     """What is read from a state, with D and the gate."""
     y = tl.sum(state * C[:, None], 0) + D_row * x.to(tl.float32)
@@ -221,12 +244,8 @@ def scan_rows_kernel(
     n_there = n < d_state
     tile_there = n_there[:, None] & there[None, :]
     first_state = start[0] + one * start[1] + row.to(tl.int64) * start[2]
-    if WIDE:
-        A2 = load_wide(A, d, d_state, there, BLOCK_N) * LOG2E
-        state = load_wide(first_state, d, d_state, there, BLOCK_N)
-    else:
-        A2 = tl.load(tile(A, d, d_state, n, 1, zero), mask=tile_there, other=0.0) * LOG2E
-        state = tl.load(tile(first_state, d, d_state, n, 1, zero), mask=tile_there, other=0.0)
+    A2 = load_state(A, d, d_state, n, there, tile_there, zero, WIDE) * LOG2E
+    state = load_state(first_state, d, d_state, n, there, tile_there, zero, WIDE)
     bias_row = load_channels(bias, d, there)
     D_row = load_channels(D, d, there)
     length = tl.load(lengths + row)
@@ -260,12 +279,7 @@ def scan_rows_kernel(
                 step = values[1].to(tl.float32)
             state = _advance_and_write(state, A2, values, step, D_row, k, z, outs, d_inner, there)
             if slots is not None:
-                if slot >= 0:
-                    state_at = states + tl.cast(slot, tl.int64) * d_inner * d_state
-                    if WIDE:
-                        store_wide(state_at, d, d_state, state, there)
-                    else:
-                        tl.store(state_at + d[None, :] * d_state + n[:, None], state, mask=tile_there)
+                store_state(states, slot, d, d_inner, d_state, n, state, there, tile_there, WIDE)
     if base_x is not None:
         token = tl.load(starts + tl.minimum(forked, length - 1)) + row
         upcoming = _load_row(base_x, base_delta, base_B, base_C, 0, token, d, n, there, n_there)
