@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssminterp.models.norm import FusedRMSNorm
 from ssminterp.patching.products import is_plain
-from ssminterp.patching.stages import Past, ScanInputs, Stages
+from ssminterp.patching.stages import Past, ScanInputs, Stages, parts
 from ssminterp_kernels import rows
 from ssminterp_kernels.backends import takes_triton
 
@@ -36,7 +36,7 @@ class CompiledStages(Stages):
 
     def scan_inputs(self, x: Float[Tensor, "tiles some_tokens d_inner"]) -> ScanInputs:
         """In place of what makes Δ, what dt_proj makes that of."""
-        return ScanInputs(x, *self.parts(x), raw=True)
+        return ScanInputs(x, *parts(self.mixer, x), raw=True)
 
     def delta(self, raw: Float[Tensor, "*rows dt_rank"]) -> Float[Tensor, "*rows d_inner"]:
         return super().delta(F.linear(raw, self.mixer.dt_proj.weight))

@@ -85,10 +85,10 @@ def _size(specs: Sequence[HookSpec], cfg: ModelConfig, argument: str) -> int:
 
 
 def _masks(argument: str, groups: Groups, size: int) -> dict[str, Bool[Tensor, " n"] | None]:
-    if groups != "each" and not isinstance(groups, Mapping):
-        raise ValueError(f"{argument} must be 'each' or a mapping of labels to indices, got {groups!r}")
-    if isinstance(groups, str):
+    if isinstance(groups, str) and groups == "each":
         return {str(i): row for i, row in enumerate(torch.eye(size, dtype=torch.bool))}
+    if not isinstance(groups, Mapping):
+        raise ValueError(f"{argument} must be 'each' or a mapping of labels to indices, got {groups!r}")
     if not groups:
         raise ValueError(f"{argument} is empty: name at least one group, or 'each'")
     return {str(label): index_mask(indices, size, f"{argument}[{label!r}]") for label, indices in groups.items()}

@@ -177,12 +177,8 @@ class Stages:
         conv = taps.sum(-1)
         return conv if self.conv_bias is None else conv + self.conv_bias
 
-    def parts(self, x: Float[Tensor, "*tokens d_inner"]) -> tuple[Tensor, Tensor, Tensor]:
-        """dt, B and C."""
-        return parts(self.mixer, x)
-
     def scan_inputs(self, x: Float[Tensor, "tiles some_tokens d_inner"]) -> ScanInputs:
-        dt, B, C = self.parts(x)
+        dt, B, C = parts(self.mixer, x)
         module: Any = self.mixer.dt_proj
         delta = product(dt.contiguous(), module.weight) if is_plain(module) else module(dt)
         return ScanInputs(x, delta, B, C, raw=True)

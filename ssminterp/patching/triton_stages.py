@@ -79,7 +79,7 @@ class TritonStages(Stages):
         return self._conv_of(first, base, self.reach, "silu")
 
     def scan_inputs(self, x: Float[Tensor, "tiles some_tokens d_inner"]) -> ScanInputs:
-        dt, B, C = self.parts(x)
+        dt, B, C = parts(self.mixer, x)
         module: Any = self.mixer.dt_proj
         if not is_plain(module):
             return ScanInputs(x, module(dt), B, C, raw=True)
