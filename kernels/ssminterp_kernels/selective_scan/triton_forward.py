@@ -5,9 +5,10 @@ chunk once more (`triton_chunks`). So the exponentials are paid twice, where one
 reads is paid once: where all states are written, they drive the inputs out of the cache, so that shared memory holds
 these; elsewhere the cache does.
 
-Positions are taken in tiles of UNROLL, which the compiler overlaps as long as no branch is between them. Edits and
-recorded positions therefore happen between tiles: where less than a tile is left before the next of them, or before the
-end, positions are taken one by one, and the next tile begins after it.
+Positions are taken in tiles of UNROLL, which the compiler overlaps as long as no branch is between them. Edits
+therefore happen between tiles: where less than a tile is left before the next of them, or before the end, positions are
+taken one by one, and the next tile begins after it. A tile in which one position is recorded is of another kind, which
+writes the state after any position if that is the one; if several are, its positions are taken one by one.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from ssminterp_kernels.selective_scan.triton_rows import (
     load_weights,
     position,
     read_position,
+    recorded_at,
     rows_ahead,
     store_spread,
 )
@@ -178,7 +180,6 @@ def scan_forward_kernel(
                 *(chunk, first, stop, n_chunks, (decays, locals_, ends), flags, per_chunk),
                 *(POS, NUMBERS, SOFTPLUS, RECORD_ALL, MASK_D, MASK_N, BLOCK_N, BLOCK_D, UNROLL, TILE),
             )
-    EVENTS: tl.constexpr = edits is not None or recorded is not None
     if edits is not None:
         edits_here = edits[0] + batch * edits[1]
         edit = events_before(edits_here, edits[2], first)
@@ -187,8 +188,10 @@ def scan_forward_kernel(
             kept = load_edit(keep, batch, edit, edits[2], d, n, tile_there, True, 1.0, NUMBERS[0])
             added = load_edit(add, batch, edit, edits[2], d, n, tile_there, True, 0.0, NUMBERS[1])
     if recorded is not None:
-        record = events_before(recorded[0], recorded[1], first)
-        next_record = position(read_position(recorded[0], record, recorded[1]), record, recorded[1])
+        first_record = events_before(recorded[0], recorded[1], first)
+        first_recorded = recorded_at(recorded, first_record)
+        first_following = recorded_at(recorded, first_record + 1)
+        record, next_record, following = first_record, first_recorded, first_following
 
     t = first
     window = tl.minimum(t, stop - UNROLL)  # rows are loaded from here on: near the end, rows that nobody uses
@@ -202,7 +205,7 @@ def scan_forward_kernel(
     while element <= last_batch:
         if SEVERAL:
             batch = element
-        # A tile of UNROLL positions from t on, or the fewer that are left before the next event or the end.
+        # A tile of UNROLL positions from t on, or the fewer that are left before the next edit or the end.
         end = tl.minimum(t + UNROLL, stop)
         if SEGMENTS is not None:
             lead: tl.constexpr = SEGMENTS[1] - SEGMENTS[0]
@@ -211,13 +214,11 @@ def scan_forward_kernel(
                 boundary = t // segments_chunk * ((segments_chunk + lead + SEGMENTS[1] - 1) // SEGMENTS[1])
                 boundary += t_led // SEGMENTS[1]
                 store_spread(boundaries, batch, boundary, d0, d_end, d_state, state, SPREAD)
-            if EVENTS:
+            if edits is not None:
                 end = tl.minimum(end, t + SEGMENTS[1] - t_led % SEGMENTS[1])
                 end = tl.minimum(end, t + segments_chunk + lead - t_led)
         if edits is not None:
             end = tl.minimum(end, next_edit + 1)
-        if recorded is not None:
-            end = tl.minimum(end, next_record + 1)
         ends_element = end == stop
         rows = ahead
         put(B_shared, B_next.to(tl.float32))
@@ -251,44 +252,27 @@ def scan_forward_kernel(
                 kept = load_edit(keep, batch_next, edit, edits[2], d, n, tile_there, is_new, kept, NUMBERS[0])
                 added = load_edit(add, batch_next, edit, edits[2], d, n, tile_there, is_new, added, NUMBERS[1])
             read_edit = read_position(edits[0] + batch_next * edits[1], edit, edits[2])
-        if recorded is not None:
-            is_recorded = end == next_record + 1
-            record_here = record
-            record += is_recorded.to(tl.int32)
-            if SEVERAL:
-                record = tl.where(ends_element, 0, record)
-            read_record = read_position(recorded[0], record, recorded[1])
         ahead = rows_ahead(
             *(x, delta, z, batch_next, place, across, window_next, POS, RECORD_ALL, MASK_D, UNROLL),
             *(held, are_held, (t_next - first) // UNROLL, BLOCK),
         )
         B_next = load_weights(B, batch_next, group, window_next, row_u, row_n, row_there, POS[3], MASK_N)
         C_next = load_weights(C, batch_next, group, window_next, row_u, row_n, row_there, POS[4], MASK_N)
-        if PARTIAL:
-            if end - t == UNROLL:
-                state = scan_tile(
-                    *(state, A2, (bias_row, bias_across), (D_row, D_across), rows, (B_shared, C_shared), shared, z),
-                    *((y, states), place, across, edit_here, (t, t, end), POS, NUMBERS, AHEAD, SOFTPLUS),
-                    *(RECORD_ALL, MASK_D, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER, True),
-                )
-            else:
-                state = scan_tile(
-                    *(state, A2, (bias_row, bias_across), (D_row, D_across), rows, (B_shared, C_shared), shared, z),
-                    *((y, states), place, across, edit_here, (window, t, end), POS, NUMBERS, AHEAD, SOFTPLUS),
-                    *(RECORD_ALL, MASK_D, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER, False),
-                )
-        else:
-            state = scan_tile(
-                *(state, A2, (bias_row, bias_across), (D_row, D_across), rows, (B_shared, C_shared), shared, z),
-                *((y, states), place, across, edit_here, (t, t, end), POS, NUMBERS, AHEAD, SOFTPLUS),
-                *(RECORD_ALL, MASK_D, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER, True),
-            )
+        records = ()
+        if recorded is not None:
+            records = (record, next_record, following, recorded)
+        state = scan_tile(
+            *(state, A2, (bias_row, bias_across), (D_row, D_across), rows, (B_shared, C_shared), shared, z),
+            *((y, states), place, across, edit_here, (window, t, end), records, POS, NUMBERS, AHEAD, SOFTPLUS),
+            *(RECORD_ALL, PARTIAL, MASK_D, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER),
+        )
         if edits is not None:
             next_edit = position(read_edit, edit, edits[2])
         if recorded is not None:
-            if is_recorded:
-                store_spread(states, batch, record_here, d0, d_end, d_state, state, SPREAD)
-            next_record = position(read_record, record, recorded[1])
+            while next_record < end:
+                record += 1
+                next_record = following
+                following = recorded_at(recorded, record + 1)
         t = t_next
         window = window_next
         if ends_element:
@@ -300,6 +284,8 @@ def scan_forward_kernel(
                     announce(flags + tl.num_programs(0) + pid)
             element += 1
             if SEVERAL:
+                if recorded is not None:
+                    record, next_record, following = first_record, first_recorded, first_following
                 if element <= last_batch:
                     if start is None:
                         state = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)

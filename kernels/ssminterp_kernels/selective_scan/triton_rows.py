@@ -151,6 +151,13 @@ def position(read, i, n_positions):
 
 @jit
 @no_type_check
+def recorded_at(recorded, i):
+    """The i-th position that is recorded, or one that no tile reaches; recorded: (positions, n_recorded)."""
+    return position(read_position(recorded[0], i, recorded[1]), i, recorded[1])
+
+
+@jit
+@no_type_check
 def load_edit(tensor, batch, edit, n_edits, d, n, tile_there, wanted, otherwise, NUMBER: tl.constexpr):
     """keep or add of an edit: a tile, or the one number that fills it; unless wanted, what it is otherwise."""
     edit = tl.minimum(edit, n_edits - 1)

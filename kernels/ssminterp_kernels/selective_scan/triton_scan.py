@@ -126,7 +126,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
         SOFTPLUS=s.softplus,
         RECORD_ALL=s.record_all,
         SEGMENTS=None if boundaries is None else segments,
-        PARTIAL=s.edits is not None or s.recorded is not None or length % plan.unroll != 0,
+        PARTIAL=s.edits is not None or length % plan.unroll != 0,
         # Addresses that stay the same take registers, which edits have to spare and nothing else has.
         SEVERAL=plan.elements > 1 or (plan.max_registers == 168 and s.edits is None),
         AHEAD=_edits_ahead(s, plan),

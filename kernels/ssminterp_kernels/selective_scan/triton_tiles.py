@@ -17,7 +17,7 @@ from ssminterp_kernels.selective_scan.triton_layouts import (
 )
 from ssminterp_kernels.selective_scan.triton_loads import tile_at
 from ssminterp_kernels.selective_scan.triton_math import sigmoid, step_size, store_masked
-from ssminterp_kernels.selective_scan.triton_rows import load_edit
+from ssminterp_kernels.selective_scan.triton_rows import load_edit, recorded_at
 
 
 @jit
@@ -63,10 +63,11 @@ def _tile(
     rows,
     weights,
     z,
-    y,
+    targets,
     place,
     edit_here,
     times,
+    records,
     POS: tl.constexpr,
     NUMBERS: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -80,10 +81,16 @@ def _tile(
 
     rows: x, delta and z at UNROLL positions; weights: where B and C lie in shared memory; place: batch, d0, d_end,
     lane, there and more; times: the first of the UNROLL positions, and from which on to which end they are the tile's;
-    WHOLE: all are.
+    records: the next record, its position and all recorded ones, if the tile may have any; WHOLE: all positions are the
+    tile's, and one at most is recorded.
     """
     batch, d0, lane, there = place[0], place[1], place[3], place[4]
+    y, states = targets
     window, t, end = times
+    if len(records) > 0:
+        record, wanted, recorded = records
+        tile_there = there[:, None] & place[7][None, :]
+        d = d0 + lane
     y_place = y[0] + (batch * y[1] + d0 * y[3] + tl.cast(window, tl.int64) * POS[5])
     if WHOLE:
         out = ()
@@ -93,6 +100,8 @@ def _tile(
             state = tl.exp2(step[:, None] * A2) * state + dx[:, None] * take_row(weights[0], u, TILE)
             if u == UNROLL - 1:
                 state = _edited(state, edit_here, place, NUMBERS, AHEAD)
+            if len(records) > 0:
+                tl.store(tile_at(states, batch, record, d, place[6]), state, mask=tile_there & (t + u == wanted))
             out = out + (read_out(state, rows[0][u], rows[2][u], z, take_row(weights[1], u, TILE), D_row),)
         # Stored together, because no load moves ahead of a store that it might depend on.
         for u in tl.static_range(UNROLL):
@@ -105,6 +114,11 @@ def _tile(
                 state = tl.exp2(step[:, None] * A2) * state + dx[:, None] * take_row(weights[0], u, TILE)
                 if window + u == end - 1:
                     state = _edited(state, edit_here, place, NUMBERS, AHEAD)
+                if len(records) > 0:
+                    if window + u == wanted:
+                        tl.store(tile_at(states, batch, record, d, place[6]), state, mask=tile_there)
+                        record += 1
+                        wanted = recorded_at(recorded, record)
                 y_row = read_out(state, rows[0][u], rows[2][u], z, take_row(weights[1], u, TILE), D_row)
                 store_masked(y_place + (lane * y[3] + u * POS[5]), y_row, there, MASK_D)
     return state
@@ -200,11 +214,13 @@ def scan_tile(
     across,
     edit_here,
     times,
+    records,
     POS: tl.constexpr,
     NUMBERS: tl.constexpr,
     AHEAD: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     RECORD_ALL: tl.constexpr,
+    PARTIAL: tl.constexpr,
     MASK_D: tl.constexpr,
     UNROLL: tl.constexpr,
     TILE: tl.constexpr,
@@ -212,17 +228,37 @@ def scan_tile(
     STATES: tl.constexpr,
     LANES: tl.constexpr,
     TOGETHER: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
-    """`_tile` or `_recorded_tile`."""
+    """The state after a tile, by `_tile` or `_recorded_tile`.
+
+    records: if states at some positions are recorded: the next record, its position, that of the one after it, and all.
+    """
+    t, end = times[1], times[2]
+    whole = (t, t, end)
     if RECORD_ALL:
-        state = _recorded_tile(
-            *(state, A2, bias[1], D[1], rows, weights, shared, z, targets, place, across, edit_here, times),
-            *(POS, NUMBERS, AHEAD, SOFTPLUS, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER, WHOLE),
-        )
+        given = (A2, bias[1], D[1], rows, weights, shared, z, targets, place, across, edit_here)
+        if not PARTIAL or end - t == UNROLL:
+            state = _recorded_tile(
+                state, *given, whole, POS, NUMBERS, AHEAD, SOFTPLUS, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER, True
+            )
+        else:
+            state = _recorded_tile(
+                state, *given, times, POS, NUMBERS, AHEAD, SOFTPLUS, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER, False
+            )
     else:
-        state = _tile(
-            *(state, A2, bias[0], D[0], rows, weights, z, targets[0], place, edit_here, times),
-            *(POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, UNROLL, TILE, WHOLE),
-        )
+        given = (A2, bias[0], D[0], rows, weights, z, targets, place, edit_here)
+        if len(records) == 0:
+            if not PARTIAL or end - t == UNROLL:
+                state = _tile(state, *given, whole, (), POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, UNROLL, TILE, True)
+            else:
+                state = _tile(state, *given, times, (), POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, UNROLL, TILE, False)
+        else:
+            record, next_record, following, recorded = records
+            here = (record, next_record, recorded)
+            if (end - t < UNROLL) | (following < end):
+                state = _tile(state, *given, times, here, POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, UNROLL, TILE, False)
+            elif next_record < end:
+                state = _tile(state, *given, whole, here, POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, UNROLL, TILE, True)
+            else:
+                state = _tile(state, *given, whole, (), POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, UNROLL, TILE, True)
     return state
