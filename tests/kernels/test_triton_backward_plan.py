@@ -54,7 +54,7 @@ class Drawn(NamedTuple):
         c = self.batch * self.length / self.programs
         whole = 8 * math.ceil(c / 8)
         of_elements = self.plan.elements if self.plan.elements > 1 else 0
-        states = whole / 72 + of_elements + (3 if self.plan.outputs else 20)
+        states = whole / 72 + of_elements + (3 if self.plan.outputs else 1 + 0.75 * math.sqrt(whole))
         sums = 2 * self.plan.paired_blocks / self.d_inner
         return max(1 / 20, sums + (states + 2 / self.d_state) / c)
 

@@ -43,7 +43,7 @@ SMALL_CASES = (
     ScanCase(length=13, batch=1, d_inner=4, n_groups=2, states=(0, 12), dtype=BF16),
     ScanCase(length=11, edit_positions=(0, 3, 4, 10), states=(3, 10), dtype=F16),
     ScanCase(length=11, edit_positions=((0, 5), (5, 10)), strided=True),
-    ScanCase(length=200, batch=1, d_inner=2, d_state=2, edit_positions=(5, 70, 130), states=(64, 199)),
+    ScanCase(length=136, batch=1, d_inner=2, d_state=2, edit_positions=(5, 70, 130), states=(64, 135)),
     # so many programs that the compiler gets fewer registers, and the kernels hold fewer values
     *(
         ScanCase(batch=9, length=10, d_inner=1, d_state=d_state, edit_positions=(3, 9), states=(2, 8))
@@ -78,6 +78,11 @@ GPU_CASES = (
         for dtype in (torch.float32, BF16)
     ),
     ScanCase(length=2500, batch=3, d_inner=33, d_state=16, states="all"),
+    *(
+        ScanCase(length=length, d_inner=192, d_state=16, edit_positions=edits, states=(5, 20, 21, 22, 40, 63, 64, 69))
+        for length in (70, 1000)
+        for edits in ((), (5, 22, 41))
+    ),
     ScanCase(length=19, batch=300, d_inner=64, d_state=16, edit_positions=(2, 9, 10), states=(7, 9, 18)),
     ScanCase(batch=70, length=16, d_inner=64, d_state=16, edit_positions=(3,)),
     # the backward pass: several elements a program, and states that are not kept
@@ -104,7 +109,7 @@ def test_outputs_and_gradients_equal_the_reference(case: ScanCase) -> None:
 
 @pytest.mark.parametrize(
     ("length", "positions", "keeps_a_number"),
-    [(9, (3, 8), True), (9, (4, 5), True), (9, (3, 8), False), (9, (4, 5), False), (194, (64, 65), False)],
+    [(9, (3, 8), True), (9, (4, 5), True), (9, (3, 8), False), (9, (4, 5), False), (136, (64, 65), False)],
 )
 def test_edits_by_one_number_and_by_whole_states(length: int, positions: tuple[int, int], keeps_a_number: bool) -> None:
     """A number needs no tile, a whole state is read 16 bytes at a time; in one pass over time and in chunks."""
@@ -116,6 +121,20 @@ def test_edits_by_one_number_and_by_whole_states(length: int, positions: tuple[i
     expected = outputs_and_gradients(reference, in_float64(inputs))
     errors = {name: relative_error(ours[name], expected[name]) for name in expected}
     assert max(errors.values()) <= 1e-5, errors
+
+
+@pytest.mark.parametrize(
+    ("positions", "edits"),
+    [((0, 15, 22), ()), ((5, 6, 7, 8, 20), ()), ((2, 13, 18), (4, 13)), (tuple(range(23)), (4, 13))],
+    ids=str,
+)
+def test_states_at_some_positions_are_those_of_all(positions: tuple[int, ...], edits: tuple[int, ...]) -> None:
+    """One or several in a tile, at its ends, in the last and shorter one, and where a state is edited."""
+    inputs = random_scan_inputs(ScanCase(batch=2, length=23, d_inner=1, d_state=2, edit_positions=edits), device=DEVICE)
+    with torch.no_grad():
+        every = selective_scan(**inputs, backend="triton").states
+        some = selective_scan(**inputs | {"states": positions}, backend="triton").states
+    torch.testing.assert_close(some, every[:, list(positions)])
 
 
 @pytest.mark.parametrize("output", ["y", "states", "final_state"])

@@ -9,9 +9,9 @@ What it needs beside its inputs and outputs, as a part of all states (batch × p
 A plan keeps that within a twentieth (`MOST_MEMORY`) at the price of replaying some positions again, wherever it can:
 not with fewer than 64 positions a chunk, nor with a short sequence so small a part of a full GPU that each element of
 the batch has a program of its own. Then it takes the least, and for c positions of a program at most
-1/64 + (u + 2/16)/c, with u = c/72 + 3 if states fit into rows of the gradients, else u = c/72 + 20 (every second state
-of a segment), where c is rounded up to a multiple of 8; and one state more for each element of several that a program
-takes.
+1/64 + (u + 2/16)/c, with u = c/72 + 3 if states fit into rows of the gradients, else u = c/72 + 1 + 0.75 √c, where c is
+rounded up to a multiple of 8; and one state more for each element of several that a program takes. Where rows of the
+gradients could hold states but are not laid out for it, every second state of a segment is kept: u = c/72 + 20.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def _backward(*arguments: Any) -> tuple[Tensor | None, ...]:
     dstart = None if s.initial_state is None else new_states(s, batch)
     layouts = layouts_of(plan.block_d, plan.block_n, plan.block_t, plan.num_warps)
     large = [tensor for tensor in (dx, ddelta, dz) if tensor is not None]
-    if not _hold_rows_of_states(large):
+    if plan.outputs and not _hold_rows_of_states(large):
         plan = plan.with_own_planes()
     kept = new(plan.planes, programs, d_inner, d_state)
     masks = masks_of(plan, d_state)
