@@ -111,7 +111,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
         launch(clear_kernel, (-(-flags.shape[0] // 1024),), flags, flags.shape[0], BLOCK=1024, num_warps=4)
     tensors = (s.x, s.delta, s.z, s.A, s.B, s.C, s.D, s.bias, start)
     of_a_channel = min(plan.per_thread, plan.block_n)  # states that a thread holds
-    # Where few warps are at work, or states are recorded again and again, waiting for one another costs more.
+    # Where few warps are at work, waiting for one another costs more; with records it was measured so, too.
     within_warps = not s.record_all and (plan.max_registers == 255 or recorded is not None)
     launch(
         scan_forward_kernel,
