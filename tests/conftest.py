@@ -15,8 +15,10 @@ if not torch.cuda.is_available():
 # Before that import too: only modules imported after this are checked.
 install_import_hook(["ssminterp", "ssminterp_kernels"], "beartype.beartype")
 
-# Tiny tensors gain nothing from threads, and lose much where several processes share two cores.
+# Tiny tensors gain nothing from threads, and lose much where several processes share two cores: those of the tests, and
+# the notebooks and apps that they start.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Few examples and no deadline: the machines that run the suite have two cores, which others share.
 settings.register_profile("ssminterp", max_examples=12, deadline=None, derandomize=True)
