@@ -28,6 +28,7 @@ from ssminterp_kernels.selective_scan.triton_rows import (
     load_edit,
     load_weights,
     position,
+    position_at,
     read_position,
     rows_ahead,
 )
@@ -105,7 +106,7 @@ def summarise(
     if edits is not None:
         edits_here = edits[0] + batch * edits[1]
         edit = events_before(edits_here, edits[2], t)
-        next_edit = position(read_position(edits_here, edit, edits[2]), edit, edits[2])
+        next_edit = position_at((edits_here, edits[2]), edit)
     first = t
     window = t
     ahead = rows_ahead(x, delta, None, batch, place, across, t, POS, RECORD_ALL, MASK_D, UNROLL, (), False, 0, None)

@@ -38,8 +38,8 @@ from ssminterp_kernels.selective_scan.triton_rows import (
     load_per_channel,
     load_weights,
     position,
+    position_at,
     read_position,
-    recorded_at,
     rows_ahead,
     store_spread,
 )
@@ -183,14 +183,14 @@ def scan_forward_kernel(
     if edits is not None:
         edits_here = edits[0] + batch * edits[1]
         edit = events_before(edits_here, edits[2], first)
-        next_edit = position(read_position(edits_here, edit, edits[2]), edit, edits[2])
+        next_edit = position_at((edits_here, edits[2]), edit)
         if AHEAD == 2:
             kept = load_edit(keep, batch, edit, edits[2], d, n, tile_there, True, 1.0, NUMBERS[0])
             added = load_edit(add, batch, edit, edits[2], d, n, tile_there, True, 0.0, NUMBERS[1])
     if recorded is not None:
         first_record = events_before(recorded[0], recorded[1], first)
-        first_recorded = recorded_at(recorded, first_record)
-        first_following = recorded_at(recorded, first_record + 1)
+        first_recorded = position_at(recorded, first_record)
+        first_following = position_at(recorded, first_record + 1)
         record, next_record, following = first_record, first_recorded, first_following
 
     t = first
@@ -272,7 +272,7 @@ def scan_forward_kernel(
             while next_record < end:
                 record += 1
                 next_record = following
-                following = recorded_at(recorded, record + 1)
+                following = position_at(recorded, record + 1)
         t = t_next
         window = window_next
         if ends_element:

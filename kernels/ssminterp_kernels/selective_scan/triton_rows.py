@@ -151,9 +151,9 @@ def position(read, i, n_positions):
 
 @jit
 @no_type_check
-def recorded_at(recorded, i):
-    """The i-th position that is recorded, or one that no tile reaches; recorded: (positions, n_recorded)."""
-    return position(read_position(recorded[0], i, recorded[1]), i, recorded[1])
+def position_at(listed, i):
+    """The i-th of the listed positions, waited for, or one that no tile reaches; listed: (positions, how many)."""
+    return position(read_position(listed[0], i, listed[1]), i, listed[1])
 
 
 @jit

@@ -17,7 +17,7 @@ from ssminterp_kernels.selective_scan.triton_layouts import (
 )
 from ssminterp_kernels.selective_scan.triton_loads import tile_at
 from ssminterp_kernels.selective_scan.triton_math import sigmoid, step_size, store_masked
-from ssminterp_kernels.selective_scan.triton_rows import load_edit, recorded_at
+from ssminterp_kernels.selective_scan.triton_rows import load_edit, position_at
 
 
 @jit
@@ -118,7 +118,7 @@ def _tile(
                     if window + u == wanted:
                         tl.store(tile_at(states, batch, record, d, place[6]), state, mask=tile_there)
                         record += 1
-                        wanted = recorded_at(recorded, record)
+                        wanted = position_at(recorded, record)
                 y_row = read_out(state, rows[0][u], rows[2][u], z, take_row(weights[1], u, TILE), D_row)
                 store_masked(y_place + (lane * y[3] + u * POS[5]), y_row, there, MASK_D)
     return state
