@@ -107,14 +107,22 @@ def test_outputs_and_gradients_equal_the_reference(case: ScanCase) -> None:
     check_against_reference(case, "triton", device=DEVICE)
 
 
+ONE_NUMBER, NUMBERS, STATES = (1, 1, 1), (2, 1, 1), (2, 2, 16)  # sizes of keep [n_edits, d_inner, d_state]
+
+
 @pytest.mark.parametrize(
-    ("length", "positions", "keeps_a_number"),
-    [(9, (3, 8), True), (9, (4, 5), True), (9, (3, 8), False), (9, (4, 5), False), (136, (64, 65), False)],
+    ("length", "positions", "sizes"),
+    [
+        *((9, (3, 8), sizes) for sizes in (ONE_NUMBER, NUMBERS, STATES)),
+        *((17, (0, 8), sizes) for sizes in (ONE_NUMBER, STATES)),
+        *((9, (4, 5), NUMBERS), (136, (64, 65), STATES)),
+    ],
+    ids=str,
 )
-def test_edits_by_one_number_and_by_whole_states(length: int, positions: tuple[int, int], keeps_a_number: bool) -> None:
-    """A number needs no tile, a whole state is read 16 bytes at a time; in one pass over time and in chunks."""
+def test_edits_by_numbers_and_by_whole_states(length: int, positions: tuple[int, int], sizes: tuple[int, ...]) -> None:
+    """A number needs no tile, a whole state is read 16 bytes at a time; in whole tiles, shorter ones and chunks."""
     inputs = random_scan_inputs(ScanCase(batch=1, length=length, d_inner=2, d_state=16), device=DEVICE)
-    keep = torch.rand(1, 2, *((1, 1) if keeps_a_number else (2, 16)), device=DEVICE, requires_grad=True)
+    keep = torch.rand(1, *sizes, device=DEVICE, requires_grad=True)
     add = torch.randn(1, 2, 2, 16, device=DEVICE, requires_grad=True)
     inputs["edits"] = StateEdits(positions, keep, add)
     ours = outputs_and_gradients(with_backend("triton"), inputs)

@@ -151,8 +151,8 @@ def summarise(
                             state, elapsed, A2, bias[0], rows, B_shared, shared, u, SOFTPLUS, RECORD_ALL, TILE
                         )
             if edited:
-                kept = load_edit(keep, batch, edit_here, edits[2], d, n, tile_there, True, 1.0, NUMBERS[0])
-                added = load_edit(add, batch, edit_here, edits[2], d, n, tile_there, True, 0.0, NUMBERS[1])
+                kept = load_edit(keep, batch, edit_here, edits[2], d, n, tile_there, NUMBERS[0])
+                added = load_edit(add, batch, edit_here, edits[2], d, n, tile_there, NUMBERS[1])
                 state = state * kept + added
                 decay = decay * tl.exp2(elapsed * A2) * kept
                 elapsed = full_row(0.0, BLOCK_D, TILE)[:, None]

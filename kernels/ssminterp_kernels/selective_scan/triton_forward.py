@@ -5,9 +5,9 @@ chunk once more (`triton_chunks`). So the exponentials are paid twice, where one
 reads is paid once: where all states are written, they drive the inputs out of the cache, so that shared memory holds
 these; elsewhere the cache does.
 
-Positions are taken in tiles of UNROLL, which the compiler overlaps as long as no branch is between them. Edits
-therefore happen between tiles: where less than a tile is left before the next of them, or before the end, positions are
-taken one by one, and the next tile begins after it. A tile in which one position is recorded is of another kind, which
+Positions are taken in tiles of UNROLL, which the compiler overlaps as long as no branch is between them. An edit
+therefore begins a tile: where less than a tile is left before the next of them, or before the end, positions are taken
+one by one, and the next tile begins after these. A tile in which one position is recorded is of another kind, which
 writes the state after any position if that is the one; if several are, its positions are taken one by one.
 """
 
@@ -18,6 +18,15 @@ from typing import no_type_check
 import triton.language as tl
 
 from ssminterp_kernels.selective_scan.triton_chunks import announce, state_before_chunk
+from ssminterp_kernels.selective_scan.triton_edits import (
+    edits_after,
+    edits_from,
+    load_values,
+    only_number,
+    put_values,
+    read_first_edits,
+    value_places,
+)
 from ssminterp_kernels.selective_scan.triton_layouts import (
     channel_numbers,
     full_tile,
@@ -34,7 +43,6 @@ from ssminterp_kernels.selective_scan.triton_loads import load_row, load_tile
 from ssminterp_kernels.selective_scan.triton_math import LOG2E
 from ssminterp_kernels.selective_scan.triton_rows import (
     events_before,
-    load_edit,
     load_per_channel,
     load_weights,
     position,
@@ -83,6 +91,7 @@ def scan_forward_kernel(
     d_state,
     POS: tl.constexpr,
     NUMBERS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     RECORD_ALL: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -103,6 +112,7 @@ def scan_forward_kernel(
     HELD: tl.constexpr,
     ROWS: tl.constexpr,
     PLAIN: tl.constexpr,
+    VALUES: tl.constexpr,
 ):
     """One program: BLOCK_D channels of one group, one chunk, `elements` batch elements one after the other.
 
@@ -111,12 +121,12 @@ def scan_forward_kernel(
     states: where recorded states go; boundaries: [batch, n_boundaries, d_inner, d_state], where the states before
     the segments of the backward pass go: of every `segments_chunk` positions SEGMENTS (head, segment), see
     `BackwardPlan`; final_state: [batch, 1, d_inner, d_state]. POS: the strides of the position axes of x, delta, z, B,
-    C, y and states, as constants so that neighbouring positions cost no address arithmetic. NUMBERS: whether keep and
-    add are one number per edit. PARTIAL: some tile may hold less than UNROLL positions. SEVERAL: elements may be more
-    than one. AHEAD: when the values of an edit are loaded, see `_edits_ahead`. TILE and what follows: see `Layouts`;
-    STATES: how many of a channel's in a row a thread has; LANES: how many lanes have parts of a sum over d_state;
-    TOGETHER: how many such sums are put into shared memory at once; HELD: how many tiles' x and delta stay there from a
-    chunk's first reading to its second.
+    C, y and states, as constants so that neighbouring positions cost no address arithmetic. NUMBERS: of keep and add,
+    see `numbers_of`; CHANNELS: their strides of the channels, if AHEAD, that is if the values of an edit are loaded a
+    tile before it. PARTIAL: some tile may hold less than UNROLL positions. SEVERAL: elements may be more than one. TILE
+    and what follows: see `ForwardLayouts`; STATES: how many of a channel's in a row a thread has; LANES: how many lanes
+    have parts of a sum over d_state; TOGETHER: how many such sums are put into shared memory at once; HELD: how many
+    tiles' x and delta stay there from a chunk's first reading to its second.
     """
     pid = tl.program_id(0)
     block = pid % n_blocks
@@ -180,18 +190,11 @@ def scan_forward_kernel(
                 *(chunk, first, stop, n_chunks, (decays, locals_, ends), flags, per_chunk),
                 *(POS, NUMBERS, SOFTPLUS, RECORD_ALL, MASK_D, MASK_N, BLOCK_N, BLOCK_D, UNROLL, TILE),
             )
-    if edits is not None:
-        edits_here = edits[0] + batch * edits[1]
-        edit = events_before(edits_here, edits[2], first)
-        next_edit = position_at((edits_here, edits[2]), edit)
-        if AHEAD == 2:
-            kept = load_edit(keep, batch, edit, edits[2], d, n, tile_there, True, 1.0, NUMBERS[0])
-            added = load_edit(add, batch, edit, edits[2], d, n, tile_there, True, 0.0, NUMBERS[1])
     if recorded is not None:
         first_record = events_before(recorded[0], recorded[1], first)
         first_recorded = position_at(recorded, first_record)
-        first_following = position_at(recorded, first_record + 1)
-        record, next_record, following = first_record, first_recorded, first_following
+        first_following = read_position(recorded[0], first_record + 1, recorded[1])
+        record, next_record, read_following = first_record, first_recorded, first_following
 
     t = first
     window = tl.minimum(t, stop - UNROLL)  # rows are loaded from here on: near the end, rows that nobody uses
@@ -201,6 +204,25 @@ def scan_forward_kernel(
     )
     B_next = load_weights(B, batch, group, window, row_u, row_n, row_there, POS[3], MASK_N)
     C_next = load_weights(C, batch, group, window, row_u, row_n, row_there, POS[4], MASK_N)
+    upcoming = ()
+    firsts = ()
+    places = ()
+    values = ()
+    if edits is not None:
+        upcoming = edits_from(edits, batch, first)
+        if SEVERAL:
+            firsts = read_first_edits(edits, tl.minimum(batch + 1, last_batch))
+        if AHEAD:
+            # Lanes that lie side by side along d_state read whole lines and need not hand on what they read.
+            LOADED: tl.constexpr = TILE if RECORD_ALL else SPREAD
+            places = value_places(NUMBERS, RECORD_ALL, BLOCK_D, BLOCK_N, VALUES)
+            only_kept = only_number(keep, NUMBERS[0])
+            # Loaded before it is known whether they are wanted, which is waited for.
+            kept, added = load_values(
+                *(keep, add, (batch, upcoming[0], edits[2], d0, d_end, d_state), True, only_kept, NUMBERS, CHANNELS),
+                *(MASK_D or MASK_N, BLOCK_D, BLOCK_N, LOADED),
+            )
+            values = (tl.where(upcoming[1], kept, 1.0), tl.where(upcoming[1], added, 0.0))
     element = batch
     while element <= last_batch:
         if SEVERAL:
@@ -218,11 +240,13 @@ def scan_forward_kernel(
                 end = tl.minimum(end, t + SEGMENTS[1] - t_led % SEGMENTS[1])
                 end = tl.minimum(end, t + segments_chunk + lead - t_led)
         if edits is not None:
-            end = tl.minimum(end, next_edit + 1)
+            end = tl.minimum(end, upcoming[2])
         ends_element = end == stop
         rows = ahead
         put(B_shared, B_next.to(tl.float32))
         put(C_shared, C_next.to(tl.float32))
+        if AHEAD:
+            put_values(places, values)
         # The next tile's rows are under way while this one is computed, also across batch elements. So is all else that
         # is loaded here: loads elsewhere would be waited for before the next tile's begin.
         t_next = tl.where(ends_element, first, end)
@@ -233,25 +257,16 @@ def scan_forward_kernel(
         place = (batch, d0, d_end, lane, there, group, n, n_there)
         edit_here = (edits, keep, add)
         if edits is not None:
-            edited = end == next_edit + 1
-            edit_here = (edits, keep, add, edited, edit)
-            if AHEAD == 1:
-                kept_here = load_edit(keep, batch, edit, edits[2], d, n, tile_there, edited, 1.0, NUMBERS[0])
-                added_here = load_edit(add, batch, edit, edits[2], d, n, tile_there, edited, 0.0, NUMBERS[1])
-                edit_here = (edits, keep, add, edited, edit, kept_here, added_here)
-            if AHEAD == 2:
-                kept_here = tl.where(edited, kept, 1.0)
-                added_here = tl.where(edited, added, 0.0)
-                edit_here = (edits, keep, add, edited, edit, kept_here, added_here)
-            edit += edited.to(tl.int32)
-            is_new = edited
-            if SEVERAL:  # then there is one chunk, and each begins with its first event
-                edit = tl.where(ends_element, 0, edit)
-                is_new = edited | ends_element
-            if AHEAD == 2:
-                kept = load_edit(keep, batch_next, edit, edits[2], d, n, tile_there, is_new, kept, NUMBERS[0])
-                added = load_edit(add, batch_next, edit, edits[2], d, n, tile_there, is_new, added, NUMBERS[1])
-            read_edit = read_position(edits[0] + batch_next * edits[1], edit, edits[2])
+            edit_here = (edits, keep, add, upcoming[1], upcoming[0], places, values)
+            upcoming = edits_after(upcoming, edits, batch_next, t_next, ends_element, firsts, SEVERAL)
+            if SEVERAL:
+                firsts = read_first_edits(edits, tl.minimum(batch_next + 1, last_batch))
+            if AHEAD:
+                at = (batch_next, upcoming[0], edits[2], d0, d_end, d_state)
+                values = load_values(
+                    *(keep, add, at, upcoming[1], only_kept, NUMBERS, CHANNELS),
+                    *(MASK_D or MASK_N, BLOCK_D, BLOCK_N, LOADED),
+                )
         ahead = rows_ahead(
             *(x, delta, z, batch_next, place, across, window_next, POS, RECORD_ALL, MASK_D, UNROLL),
             *(held, are_held, (t_next - first) // UNROLL, BLOCK),
@@ -260,19 +275,17 @@ def scan_forward_kernel(
         C_next = load_weights(C, batch_next, group, window_next, row_u, row_n, row_there, POS[4], MASK_N)
         records = ()
         if recorded is not None:
-            records = (record, next_record, following, recorded)
+            records = (record, next_record, position(read_following, record + 1, recorded[1]), recorded)
         state = scan_tile(
             *(state, A2, (bias_row, bias_across), (D_row, D_across), rows, (B_shared, C_shared), shared, z),
             *((y, states), place, across, edit_here, (window, t, end), records, POS, NUMBERS, AHEAD, SOFTPLUS),
-            *(RECORD_ALL, PARTIAL, MASK_D, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER),
+            *(RECORD_ALL, PARTIAL, MASK_D, MASK_N, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER),
         )
-        if edits is not None:
-            next_edit = position(read_edit, edit, edits[2])
         if recorded is not None:
             while next_record < end:
                 record += 1
-                next_record = following
-                following = position_at(recorded, record + 1)
+                next_record = position(read_following, record, recorded[1])
+                read_following = read_position(recorded[0], record + 1, recorded[1])
         t = t_next
         window = window_next
         if ends_element:
@@ -285,7 +298,7 @@ def scan_forward_kernel(
             element += 1
             if SEVERAL:
                 if recorded is not None:
-                    record, next_record, following = first_record, first_recorded, first_following
+                    record, next_record, read_following = first_record, first_recorded, first_following
                 if element <= last_batch:
                     if start is None:
                         state = full_tile(0.0, BLOCK_D, BLOCK_N, TILE)

@@ -210,7 +210,7 @@ def adjoint_options(s: ScanTensors, plan: Plan, dy: Tensor, events: bool) -> dic
     events: there are positions between tiles, so that tiles may hold less than all their positions.
     """
     length, d_state = s.x.shape[1], s.A.shape[1]
-    tiles = {name: value for name, value in tile_options(plan, d_state).items() if name != "BLOCK"}
+    tiles = {name: value for name, value in tile_options(plan, d_state).items() if name not in ("BLOCK", "VALUES")}
     names = ("length", "chunk_length", "n_chunks", "n_blocks", "group_size", "d_state")
     return {
         **dict(zip(names, (*placement(plan, length), d_state), strict=True)),

@@ -43,7 +43,8 @@ class Layouts(NamedTuple):
 class ForwardLayouts(NamedTuple):
     """As `Layouts`; spread: tiles whose lanes lie side by side along d_state, so that stores fill whole lines.
 
-    block: numbers per channel at several positions [pos, channel], which every thread has some of.
+    block: numbers per channel at several positions [pos, channel], which every thread has some of. values: tiles in
+    shared memory, written in the spread layout and read in the other without conflicts.
     """
 
     tile: Any
@@ -51,6 +52,7 @@ class ForwardLayouts(NamedTuple):
     block: Any
     rows: Any
     plain: Any
+    values: Any
 
 
 class Parts(NamedTuple):
@@ -117,7 +119,7 @@ def forward_layouts_of(
     """per_thread: how many states of a channel a thread holds, at most; within_warps: whether tiles are spread over
     the lanes of a warp, which takes more instructions, and not by way of shared memory, where warps wait."""
     if INTERPRETED:
-        return ForwardLayouts(None, None, None, None, None)
+        return ForwardLayouts(None, None, None, None, None, None)
     warps = [num_warps, 1]
 
     def tile(many: int) -> Any:
@@ -132,4 +134,6 @@ def forward_layouts_of(
     rows = gl.BlockedLayout([of_t, block_n // lanes], [32 // lanes, lanes], warps, [1, 0])
     spread = _spread_layout(block_d, block_n, num_warps) if within_warps else tile(min(4, per_thread))
     plain = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    return ForwardLayouts(tile(per_thread), spread, gl.SliceLayout(2, parts), rows, plain)
+    # Rows shorter than a line of 32 banks are shifted from line to line, 4 numbers at a time.
+    values = gl.SwizzledSharedLayout(min(4, block_n), max(1, 32 // block_n), min(8, max(1, block_n // 4)), [1, 0])
+    return ForwardLayouts(tile(per_thread), spread, gl.SliceLayout(2, parts), rows, plain, values)

@@ -158,14 +158,14 @@ def position_at(listed, i):
 
 @jit
 @no_type_check
-def load_edit(tensor, batch, edit, n_edits, d, n, tile_there, wanted, otherwise, NUMBER: tl.constexpr):
-    """keep or add of an edit: a tile, or the one number that fills it; unless wanted, what it is otherwise."""
+def load_edit(tensor, batch, edit, n_edits, d, n, tile_there, NUMBER: tl.constexpr):
+    """keep or add of an edit: a tile, or the one number that fills it."""
     edit = tl.minimum(edit, n_edits - 1)
     if NUMBER:
         place = tensor[0] + batch * tensor[1] + edit.to(tl.int64) * tensor[2]
-        loaded = tl.load(place, mask=wanted, other=otherwise).to(tl.float32)
+        loaded = tl.load(place).to(tl.float32)
     else:
-        loaded = tl.load(tile_at(tensor, batch, edit, d, n), mask=tile_there & wanted, other=otherwise).to(tl.float32)
+        loaded = tl.load(tile_at(tensor, batch, edit, d, n), mask=tile_there, other=0.0).to(tl.float32)
     return loaded
 
 

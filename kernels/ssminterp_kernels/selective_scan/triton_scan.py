@@ -21,13 +21,14 @@ from ssminterp_kernels.selective_scan.triton_tensors import (
     ScanTensors,
     edit_table,
     grouped,
-    is_number,
     new_states,
+    numbers_of,
     placement,
     position_table,
     scan_tensors,
     strided,
     strided_state,
+    strides_of_channels,
     strides_of_pos,
     tile_options,
 )
@@ -113,6 +114,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
     of_a_channel = min(plan.per_thread, plan.block_n)  # states that a thread holds
     # Where few warps are at work, waiting for one another costs more; with records it was measured so, too.
     within_warps = not s.record_all and (plan.max_registers == 255 or recorded is not None)
+    ahead = _edits_ahead(s, plan)
     launch(
         scan_forward_kernel,
         (plan.programs(-(-batch // plan.elements)),),
@@ -122,14 +124,15 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
         *(strided(decays), strided(locals_), strided(ends), flags, segments_chunk),
         *(batch, plan.elements, *placement(plan, length), d_state),
         POS=strides_of_pos(s.x, s.delta, s.z, s.B, s.C, y, states if s.record_all else None),
-        NUMBERS=(is_number(s.keep), is_number(s.add)),
+        NUMBERS=(numbers_of(s.keep), numbers_of(s.add)),
+        CHANNELS=strides_of_channels(s.keep, s.add) if ahead else None,
         SOFTPLUS=s.softplus,
         RECORD_ALL=s.record_all,
         SEGMENTS=None if boundaries is None else segments,
         PARTIAL=s.edits is not None or length % plan.unroll != 0,
         # Addresses that stay the same take registers, which edits have to spare and nothing else has.
         SEVERAL=plan.elements > 1 or (plan.max_registers == 168 and s.edits is None),
-        AHEAD=_edits_ahead(s, plan),
+        AHEAD=ahead,
         STATES=of_a_channel,
         LANES=lanes_of_a_channel(plan.block_n, of_a_channel),
         TOGETHER=min(8, plan.unroll),
@@ -139,17 +142,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
     return y, states, final_state, boundaries
 
 
-def _edits_ahead(s: ScanTensors, plan: Plan) -> int:
-    """When the values of an edit are loaded: when it happens (0), with the rows of its tile (1), a tile before (2).
-
-    The earlier, the more registers they take. From memory they come later than from the cache, where values lie that
-    all batch elements share.
-    """
-    if s.keep is None or s.add is None or plan.states_of_a_thread > (8 if s.record_all else 16):
-        return 0
-    if not s.record_all and plan.max_registers != 255:
-        return 0
-    return 1 if s.keep.stride(0) == s.add.stride(0) == 0 else 2
+def _edits_ahead(s: ScanTensors, plan: Plan) -> bool:
+    """Whether an edit's values are loaded a tile before it, which takes registers, or when it happens."""
+    if s.edits is None or plan.states_of_a_thread > (8 if s.record_all else 16):
+        return False
+    return s.record_all or plan.max_registers == 255
 
 
 _A, _D, _BIAS = (ScanTensors._fields.index(name) for name in ("A", "D", "bias"))

@@ -93,6 +93,10 @@ def strides_of_pos(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(0 if tensor is None else tensor.stride(1) for tensor in tensors)
 
 
+def strides_of_channels(*states: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if state is None else state.stride(-2) for state in states)
+
+
 def edit_table(positions: Tensor | None) -> tuple[Any, ...] | None:
     """(positions, stride of the batch axis: 0 if shared, n_edits)."""
     if positions is None:
@@ -110,9 +114,11 @@ def grouped(s: ScanTensors) -> ScanTensors:
     return s._replace(B=B, C=C)
 
 
-def is_number(tensor: Tensor | None) -> bool:
-    """Whether the items [d_inner, d_state] of a tensor are one number each."""
-    return tensor is not None and tensor.stride(-1) == tensor.stride(-2) == 0
+def numbers_of(values: Tensor | None) -> int:
+    """What the items [d_inner, d_state] of keep or add are: 0 if tiles, 1 if one number each, 2 if one for all."""
+    if values is None or not values.stride(-1) == values.stride(-2) == 0:
+        return 0
+    return 2 if values.stride(0) == values.stride(1) == 0 else 1
 
 
 def placement(plan: Plan, length: int) -> tuple[int, ...]:

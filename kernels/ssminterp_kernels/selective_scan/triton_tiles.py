@@ -6,6 +6,7 @@ from typing import no_type_check
 
 import triton.language as tl
 
+from ssminterp_kernels.selective_scan.triton_edits import edited_state
 from ssminterp_kernels.selective_scan.triton_layouts import (
     jit,
     part_over_states,
@@ -17,7 +18,7 @@ from ssminterp_kernels.selective_scan.triton_layouts import (
 )
 from ssminterp_kernels.selective_scan.triton_loads import tile_at
 from ssminterp_kernels.selective_scan.triton_math import sigmoid, step_size, store_masked
-from ssminterp_kernels.selective_scan.triton_rows import load_edit, position_at
+from ssminterp_kernels.selective_scan.triton_rows import position_at
 
 
 @jit
@@ -29,28 +30,6 @@ def read_out(state, x, z_row, z, C, D_row):
         gate = z_row.to(tl.float32)
         y *= gate * sigmoid(gate)
     return y
-
-
-@jit
-@no_type_check
-def _edited(state, edit_here, place, NUMBERS: tl.constexpr, AHEAD: tl.constexpr):
-    """The state after the last position of a tile, where the next edit may be.
-
-    edit_here: the edits, keep and add, whether the tile ends with an edit, its number and, if they are loaded AHEAD,
-    its values or those that change nothing.
-    """
-    if edit_here[0] is not None:
-        if AHEAD:
-            state = state * edit_here[5] + edit_here[6]
-        else:
-            if edit_here[3]:
-                batch, d0, _d_end, lane, there, _group, n, n_there = place
-                tile_there = there[:, None] & n_there[None, :]
-                where = (batch, edit_here[4], edit_here[0][2], d0 + lane, n, tile_there, True)
-                kept = load_edit(edit_here[1], *where, 1.0, NUMBERS[0])
-                added = load_edit(edit_here[2], *where, 0.0, NUMBERS[1])
-                state = state * kept + added
-    return state
 
 
 @jit
@@ -73,16 +52,18 @@ def _tile(
     AHEAD: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     MASK_D: tl.constexpr,
+    MASK_N: tl.constexpr,
     UNROLL: tl.constexpr,
     TILE: tl.constexpr,
     WHOLE: tl.constexpr,
+    EDITED: tl.constexpr,
 ):
-    """The state after the positions of a tile, of which the last may be edited.
+    """The state after the positions of a tile, of which the first may be edited.
 
     rows: x, delta and z at UNROLL positions; weights: where B and C lie in shared memory; place: batch, d0, d_end,
     lane, there and more; times: the first of the UNROLL positions, and from which on to which end they are the tile's;
     records: the next record, its position and all recorded ones, if the tile may have any; WHOLE: all positions are the
-    tile's, and one at most is recorded.
+    tile's, and one at most is recorded; EDITED: whether an edit may be here.
     """
     batch, d0, lane, there = place[0], place[1], place[3], place[4]
     y, states = targets
@@ -98,10 +79,13 @@ def _tile(
             step = step_size(rows[1][u], bias_row, SOFTPLUS)
             dx = step * rows[0][u].to(tl.float32)
             state = tl.exp2(step[:, None] * A2) * state + dx[:, None] * take_row(weights[0], u, TILE)
-            if u == UNROLL - 1:
-                state = _edited(state, edit_here, place, NUMBERS, AHEAD)
+            if EDITED and u == 0:
+                state = edited_state(state, edit_here, place, NUMBERS, AHEAD, TILE)
             if len(records) > 0:
-                tl.store(tile_at(states, batch, record, d, place[6]), state, mask=tile_there & (t + u == wanted))
+                is_wanted = t + u == wanted
+                if MASK_D or MASK_N:
+                    is_wanted = tile_there & is_wanted
+                tl.store(tile_at(states, batch, record, d, place[6]), state, mask=is_wanted)
             out = out + (read_out(state, rows[0][u], rows[2][u], z, take_row(weights[1], u, TILE), D_row),)
         # Stored together, because no load moves ahead of a store that it might depend on.
         for u in tl.static_range(UNROLL):
@@ -112,11 +96,12 @@ def _tile(
                 step = step_size(rows[1][u], bias_row, SOFTPLUS)
                 dx = step * rows[0][u].to(tl.float32)
                 state = tl.exp2(step[:, None] * A2) * state + dx[:, None] * take_row(weights[0], u, TILE)
-                if window + u == end - 1:
-                    state = _edited(state, edit_here, place, NUMBERS, AHEAD)
+                if EDITED:
+                    if window + u == t:
+                        state = edited_state(state, edit_here, place, NUMBERS, AHEAD, TILE)
                 if len(records) > 0:
                     if window + u == wanted:
-                        tl.store(tile_at(states, batch, record, d, place[6]), state, mask=tile_there)
+                        store_masked(tile_at(states, batch, record, d, place[6]), state, tile_there, MASK_D or MASK_N)
                         record += 1
                         wanted = position_at(recorded, record)
                 y_row = read_out(state, rows[0][u], rows[2][u], z, take_row(weights[1], u, TILE), D_row)
@@ -175,15 +160,15 @@ def _recorded_tile(
             after += take_column(inputs, u, TILE) * take_row(weights[0], u, TILE)
             if WHOLE:
                 state = after
-                if u == UNROLL - 1:
-                    state = _edited(state, edit_here, place, NUMBERS, AHEAD)
+                if edit_here[0] is not None and u == 0:
+                    state = edited_state(state, edit_here, place, NUMBERS, AHEAD, TILE)
                 tl.store(target + u * POS[6], state, mask=tile_there, cache_modifier=".cs")
             else:
                 is_here = (window + u >= t) & (window + u < end)
                 state = tl.where(is_here, after, state)
                 if edit_here[0] is not None:
-                    if window + u == end - 1:
-                        state = _edited(state, edit_here, place, NUMBERS, AHEAD)
+                    if window + u == t:
+                        state = edited_state(state, edit_here, place, NUMBERS, AHEAD, TILE)
                 tl.store(target + u * POS[6], state, mask=tile_there & is_here, cache_modifier=".cs")
             out = out + (part_over_states(state * take_row(weights[1], u, TILE), STATES, LANES),)
         put_parts(sums, begin, out, TOGETHER)
@@ -222,6 +207,7 @@ def scan_tile(
     RECORD_ALL: tl.constexpr,
     PARTIAL: tl.constexpr,
     MASK_D: tl.constexpr,
+    MASK_N: tl.constexpr,
     UNROLL: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -246,19 +232,51 @@ def scan_tile(
                 state, *given, times, POS, NUMBERS, AHEAD, SOFTPLUS, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER, False
             )
     else:
-        given = (A2, bias[0], D[0], rows, weights, z, targets, place, edit_here)
+        EDITS: tl.constexpr = edit_here[0] is not None
         if len(records) == 0:
             if not PARTIAL or end - t == UNROLL:
-                state = _tile(state, *given, whole, (), POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, UNROLL, TILE, True)
+                # If AHEAD, a tile without an edit has values that change nothing, because short scans notice when code
+                # of another kind of tile must first be fetched.
+                if EDITS and not AHEAD:
+                    if edit_here[3]:
+                        state = _tile(
+                            *(state, A2, bias[0], D[0], rows, weights, z, targets, place, edit_here, whole, ()),
+                            *(POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, MASK_N, UNROLL, TILE, True, True),
+                        )
+                    else:
+                        state = _tile(
+                            *(state, A2, bias[0], D[0], rows, weights, z, targets, place, edit_here, whole, ()),
+                            *(POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, MASK_N, UNROLL, TILE, True, False),
+                        )
+                else:
+                    state = _tile(
+                        *(state, A2, bias[0], D[0], rows, weights, z, targets, place, edit_here, whole, ()),
+                        *(POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, MASK_N, UNROLL, TILE, True, EDITS),
+                    )
             else:
-                state = _tile(state, *given, times, (), POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, UNROLL, TILE, False)
+                state = _tile(
+                    *(state, A2, bias[0], D[0], rows, weights, z, targets, place, edit_here, times, ()),
+                    *(POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, MASK_N, UNROLL, TILE, False, EDITS),
+                )
         else:
             record, next_record, following, recorded = records
             here = (record, next_record, recorded)
-            if (end - t < UNROLL) | (following < end):
-                state = _tile(state, *given, times, here, POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, UNROLL, TILE, False)
-            elif next_record < end:
-                state = _tile(state, *given, whole, here, POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, UNROLL, TILE, True)
+            none_here = next_record >= end
+            if PARTIAL:
+                none_here = none_here & (end - t == UNROLL)
+            if none_here:
+                state = _tile(
+                    *(state, A2, bias[0], D[0], rows, weights, z, targets, place, edit_here, whole, ()),
+                    *(POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, MASK_N, UNROLL, TILE, True, EDITS),
+                )
+            elif (end - t < UNROLL) | (following < end):
+                state = _tile(
+                    *(state, A2, bias[0], D[0], rows, weights, z, targets, place, edit_here, times, here),
+                    *(POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, MASK_N, UNROLL, TILE, False, EDITS),
+                )
             else:
-                state = _tile(state, *given, whole, (), POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, UNROLL, TILE, True)
+                state = _tile(
+                    *(state, A2, bias[0], D[0], rows, weights, z, targets, place, edit_here, whole, here),
+                    *(POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, MASK_N, UNROLL, TILE, True, EDITS),
+                )
     return state
