@@ -1,5 +1,6 @@
 """Fixtures of all tests, and the checking of every annotated shape by jaxtyping and beartype."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -14,6 +15,11 @@ if not torch.cuda.is_available():
 
 # Before that import too: only modules imported after this are checked.
 install_import_hook(["ssminterp", "ssminterp_kernels"], "beartype.beartype")
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    from quick_interpreter import quicken_interpreter
+
+    quicken_interpreter()
 
 # Tiny tensors gain nothing from threads, and lose much where several processes share two cores: those of the tests, and
 # the notebooks and apps that they start.

@@ -88,10 +88,16 @@ def test_a_long_sweep_is_stopped_while_another_tab_works(tab: playwright.Page, a
 
 def test_the_sweep_is_run_by_keyboard_alone(tab: playwright.Page, address: str) -> None:
     tab.goto(f"{address}/patch?n=1&model=nano-mamba")
-    settle(tab).get_by_label("Prompts", exact=True).focus()
+    prompts = settle(tab).get_by_label("Prompts", exact=True)
+    run = tab.get_by_test_id("stBaseButton-primary").filter(has_text="Run")
+    # A page has run before its parts are drawn.
+    expect(prompts).to_be_visible()
+    expect(run).to_be_visible()
+    prompts.focus()
     for _ in range(12):
         tab.keyboard.press("Tab")
-        if tab.evaluate("document.activeElement.innerText.includes('Run')"):
+        if run.evaluate("button => button === document.activeElement"):
             break
+    expect(run).to_be_focused()
     tab.keyboard.press("Enter")
     chart(tab, "map")
