@@ -13,12 +13,13 @@ import triton.language as tl
 from ssminterp_kernels.selective_scan.triton_layouts import (
     channel_numbers,
     jit,
+    prefetch,
     put,
     shared_tiles,
     state_numbers,
     take_tile,
 )
-from ssminterp_kernels.selective_scan.triton_rows import events_before, load_edit, position, read_position
+from ssminterp_kernels.selective_scan.triton_rows import LINE_BYTES, events_before, load_edit, position, read_position
 
 
 @jit
@@ -152,6 +153,42 @@ def put_values(places, values):
     for i in tl.static_range(2):
         if len(places[i]) > 0:
             put(places[i][0], values[i])
+
+
+@jit
+@no_type_check
+def _prefetch_value(
+    tensor, at, wanted, CHANNEL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr
+):
+    """keep or add as `prefetch_values` does."""
+    batch, edit, n_edits, d0, d_end = at
+    SIDE: tl.constexpr = LINE_BYTES // 4 // BLOCK_N  # channels that are a line of memory side by side
+    d = channel_numbers(BLOCK_D // SIDE, TILE) * SIDE
+    start = tensor[0] + (batch * tensor[1] + tl.minimum(edit, n_edits - 1).to(tl.int64) * tensor[2] + d0 * CHANNEL)
+    prefetch(start + d * CHANNEL, wanted & (d0 + d < d_end))
+
+
+@jit
+@no_type_check
+def prefetch_values(
+    keep,
+    add,
+    at,
+    wanted,
+    NUMBERS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Begin to bring keep and add of an edit to the L2 cache, as far as they are states.
+
+    at: batch, edit, n_edits, d0, d_end; CHANNELS: strides of the channels.
+    """
+    if NUMBERS[0] == 0:
+        _prefetch_value(keep, at, wanted, CHANNELS[0], BLOCK_D, BLOCK_N, TILE)
+    if NUMBERS[1] == 0:
+        _prefetch_value(add, at, wanted, CHANNELS[1], BLOCK_D, BLOCK_N, TILE)
 
 
 @jit

@@ -23,6 +23,7 @@ from ssminterp_kernels.selective_scan.triton_edits import (
     edits_from,
     load_values,
     only_number,
+    prefetch_values,
     put_values,
     read_first_edits,
     value_places,
@@ -47,11 +48,12 @@ from ssminterp_kernels.selective_scan.triton_rows import (
     load_weights,
     position,
     position_at,
+    prefetch_rows,
     read_position,
     rows_ahead,
     store_spread,
 )
-from ssminterp_kernels.selective_scan.triton_tiles import scan_tile
+from ssminterp_kernels.selective_scan.triton_tiles import scan_tile, terms_of
 
 
 @jit(
@@ -100,6 +102,8 @@ def scan_forward_kernel(
     MASK_D: tl.constexpr,
     MASK_N: tl.constexpr,
     AHEAD: tl.constexpr,
+    BEYOND: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -243,6 +247,8 @@ def scan_forward_kernel(
             end = tl.minimum(end, upcoming[2])
         ends_element = end == stop
         rows = ahead
+        if EARLY:
+            rows = terms_of(ahead, bias_row, D_row, z, SOFTPLUS, UNROLL)
         put(B_shared, B_next.to(tl.float32))
         put(C_shared, C_next.to(tl.float32))
         if AHEAD:
@@ -273,13 +279,18 @@ def scan_forward_kernel(
         )
         B_next = load_weights(B, batch_next, group, window_next, row_u, row_n, row_there, POS[3], MASK_N)
         C_next = load_weights(C, batch_next, group, window_next, row_u, row_n, row_there, POS[4], MASK_N)
+        if BEYOND:
+            window_beyond = tl.minimum(t_next + UNROLL, stop - UNROLL)
+            prefetch_rows(x, delta, z, batch_next, place, window_beyond, POS, UNROLL, BLOCK_D, TILE)
+            at = (batch_next, upcoming[0] + 1, edits[2], d0, d_end)
+            prefetch_values(keep, add, at, upcoming[1], NUMBERS, CHANNELS, BLOCK_D, BLOCK_N, TILE)
         records = ()
         if recorded is not None:
             records = (record, next_record, position(read_following, record + 1, recorded[1]), recorded)
         state = scan_tile(
             *(state, A2, (bias_row, bias_across), (D_row, D_across), rows, (B_shared, C_shared), shared, z),
             *((y, states), place, across, edit_here, (window, t, end), records, POS, NUMBERS, AHEAD, SOFTPLUS),
-            *(RECORD_ALL, PARTIAL, MASK_D, MASK_N, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER),
+            *(EARLY, RECORD_ALL, PARTIAL, MASK_D, MASK_N, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER),
         )
         if recorded is not None:
             while next_record < end:

@@ -50,12 +50,19 @@ def sigmoid(v):
 
 @triton.jit
 @no_type_check
+def silu(v):
+    """v / (1 + e^-v), float32."""
+    v = v.to(tl.float32)
+    return v * sigmoid(v)
+
+
+@triton.jit
+@no_type_check
 def gated(dy, z_values, z):
     """dLoss/d(y before the gate) from dLoss/dy, float32; z_values: what the gate is made of, if there is a z."""
     dy = dy.to(tl.float32)
     if z is not None:
-        gate = z_values.to(tl.float32)
-        dy *= gate * sigmoid(gate)
+        dy *= silu(z_values)
     return dy
 
 

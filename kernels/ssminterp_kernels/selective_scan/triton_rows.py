@@ -9,10 +9,18 @@ from typing import no_type_check
 
 import triton.language as tl
 
-from ssminterp_kernels.selective_scan.triton_layouts import channel_numbers, jit, spread, state_numbers, take_held
+from ssminterp_kernels.selective_scan.triton_layouts import (
+    channel_numbers,
+    jit,
+    prefetch,
+    spread,
+    state_numbers,
+    take_held,
+)
 from ssminterp_kernels.selective_scan.triton_loads import count_before, tile_at
 from ssminterp_kernels.selective_scan.triton_math import load_masked
 
+LINE_BYTES = tl.constexpr(128)  # of a line of the L2 cache
 FAR = tl.constexpr((1 << 31) - 2)  # a position that no tile reaches, and one more does not overflow
 
 
@@ -98,6 +106,33 @@ def rows_ahead(
         delta_rows = load_rows(delta, batch, d0, lane, t, there, POS[1], MASK_D, UNROLL)
         z_rows = load_rows(z, batch, d0, lane, t, there, POS[2], MASK_D, UNROLL)
     return x_rows, delta_rows, z_rows
+
+
+@jit
+@no_type_check
+def _prefetch_lines(
+    tensor, batch, place, t, stride: tl.constexpr, COUNT: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr
+):
+    """The L2 cache will have a tensor [batch, pos, d_inner] at COUNT positions from t on; channels lie side by side."""
+    LINE: tl.constexpr = LINE_BYTES // (tensor[0].dtype.element_ty.primitive_bitwidth // 8)
+    LINES: tl.constexpr = (BLOCK_D + LINE - 1) // LINE
+    d0, d_end = place[1], place[2]
+    i = channel_numbers(COUNT * LINES, TILE)
+    lane = i % LINES * LINE
+    start = tensor[0] + (batch * tensor[1] + d0 * tensor[3] + tl.cast(t, tl.int64) * stride)
+    prefetch(start + (i // LINES * stride + lane * tensor[3]), d0 + lane < d_end)
+
+
+@jit
+@no_type_check
+def prefetch_rows(
+    x, delta, z, batch, place, t, POS: tl.constexpr, COUNT: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr
+):
+    """Begin to bring x, delta and z at COUNT positions from t on to the L2 cache."""
+    _prefetch_lines(x, batch, place, t, POS[0], COUNT, BLOCK_D, TILE)
+    _prefetch_lines(delta, batch, place, t, POS[1], COUNT, BLOCK_D, TILE)
+    if z is not None:
+        _prefetch_lines(z, batch, place, t, POS[2], COUNT, BLOCK_D, TILE)
 
 
 @jit

@@ -133,6 +133,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
         # Addresses that stay the same take registers, which edits have to spare and nothing else has.
         SEVERAL=plan.elements > 1 or (plan.max_registers == 168 and s.edits is None),
         AHEAD=ahead,
+        BEYOND=ahead and _lines_are_read(s),
+        # Where edits or records branch and few warps are at work, the next tile's loads would begin too late.
+        EARLY=not s.record_all and s.edits is None and (recorded is None or plan.max_registers != 255),
         STATES=of_a_channel,
         LANES=lanes_of_a_channel(plan.block_n, of_a_channel),
         TOGETHER=min(8, plan.unroll),
@@ -147,6 +150,12 @@ def _edits_ahead(s: ScanTensors, plan: Plan) -> bool:
     if s.edits is None or plan.states_of_a_thread > (8 if s.record_all else 16):
         return False
     return s.record_all or plan.max_registers == 255
+
+
+def _lines_are_read(s: ScanTensors) -> bool:
+    """Whether a tile of positions is whole lines of memory, so that they can be had in the L2 cache before it."""
+    values = [v for v in (s.keep, s.add) if v is not None and numbers_of(v) == 0]
+    return not s.record_all and all(t is None or t.stride(-1) == 1 for t in (s.x, s.delta, s.z, *values))
 
 
 _A, _D, _BIAS = (ScanTensors._fields.index(name) for name in ("A", "D", "bias"))

@@ -17,18 +17,59 @@ from ssminterp_kernels.selective_scan.triton_layouts import (
     take_row,
 )
 from ssminterp_kernels.selective_scan.triton_loads import tile_at
-from ssminterp_kernels.selective_scan.triton_math import sigmoid, step_size, store_masked
+from ssminterp_kernels.selective_scan.triton_math import gated, silu, step_size, store_masked
 from ssminterp_kernels.selective_scan.triton_rows import position_at
 
 
 @jit
 @no_type_check
-def read_out(state, x, z_row, z, C, D_row):
-    """y at one position, float32 [BLOCK_D]."""
-    y = tl.sum(state * C, 1) + D_row * x.to(tl.float32)
-    if z is not None:
-        gate = z_row.to(tl.float32)
-        y *= gate * sigmoid(gate)
+def terms_of(rows, bias_row, D_row, z, SOFTPLUS: tl.constexpr, UNROLL: tl.constexpr):
+    """What x, delta and z at the positions of a tile come to, float32: Δ, Δ x, D x, and what z multiplies y by.
+
+    Called before the next tile's rows are loaded, it spares their being moved from registers to registers later.
+    """
+    steps = ()
+    inputs = ()
+    skipping = ()
+    gates = ()
+    for u in tl.static_range(UNROLL):
+        x = rows[0][u].to(tl.float32)
+        step = step_size(rows[1][u], bias_row, SOFTPLUS)
+        steps = steps + (step,)
+        inputs = inputs + (step * x,)
+        skipping = skipping + (D_row * x,)
+        if z is not None:
+            gates = gates + (silu(rows[2][u]),)
+    return steps, inputs, skipping, gates
+
+
+@jit
+@no_type_check
+def _advanced(
+    state, A2, bias_row, rows, B, u: tl.constexpr, SOFTPLUS: tl.constexpr, EARLY: tl.constexpr, TILE: tl.constexpr
+):
+    """The state after position u of a tile; rows, B: see `_tile`."""
+    if EARLY:
+        step = rows[0][u]
+        dx = rows[1][u]
+    else:
+        step = step_size(rows[1][u], bias_row, SOFTPLUS)
+        dx = step * rows[0][u].to(tl.float32)
+    return tl.exp2(step[:, None] * A2) * state + dx[:, None] * take_row(B, u, TILE)
+
+
+@jit
+@no_type_check
+def _read_out(state, D_row, rows, z, C, u: tl.constexpr, EARLY: tl.constexpr, TILE: tl.constexpr):
+    """y at position u of a tile, float32 [BLOCK_D]; rows, C: see `_tile`."""
+    y = tl.sum(state * take_row(C, u, TILE), 1)
+    if EARLY:
+        y += rows[2][u]
+        if z is not None:
+            y *= rows[3][u]
+    else:
+        y += D_row * rows[0][u].to(tl.float32)
+        y = gated(y, rows[2][u], z)
     return y
 
 
@@ -51,6 +92,7 @@ def _tile(
     NUMBERS: tl.constexpr,
     AHEAD: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    EARLY: tl.constexpr,
     MASK_D: tl.constexpr,
     MASK_N: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -60,10 +102,10 @@ def _tile(
 ):
     """The state after the positions of a tile, of which the first may be edited.
 
-    rows: x, delta and z at UNROLL positions; weights: where B and C lie in shared memory; place: batch, d0, d_end,
-    lane, there and more; times: the first of the UNROLL positions, and from which on to which end they are the tile's;
-    records: the next record, its position and all recorded ones, if the tile may have any; WHOLE: all positions are the
-    tile's, and one at most is recorded; EDITED: whether an edit may be here.
+    rows: x, delta and z at UNROLL positions, or if EARLY their terms; weights: where B and C lie in shared memory;
+    place: batch, d0, d_end, lane, there and more; times: the first of the UNROLL positions, and from which on to which
+    end they are the tile's; records: the next record, its position and all recorded ones, if the tile may have any;
+    WHOLE: all positions are the tile's, and one at most is recorded; EDITED: whether an edit may be here.
     """
     batch, d0, lane, there = place[0], place[1], place[3], place[4]
     y, states = targets
@@ -76,9 +118,7 @@ def _tile(
     if WHOLE:
         out = ()
         for u in tl.static_range(UNROLL):
-            step = step_size(rows[1][u], bias_row, SOFTPLUS)
-            dx = step * rows[0][u].to(tl.float32)
-            state = tl.exp2(step[:, None] * A2) * state + dx[:, None] * take_row(weights[0], u, TILE)
+            state = _advanced(state, A2, bias_row, rows, weights[0], u, SOFTPLUS, EARLY, TILE)
             if EDITED and u == 0:
                 state = edited_state(state, edit_here, place, NUMBERS, AHEAD, TILE)
             if len(records) > 0:
@@ -86,16 +126,14 @@ def _tile(
                 if MASK_D or MASK_N:
                     is_wanted = tile_there & is_wanted
                 tl.store(tile_at(states, batch, record, d, place[6]), state, mask=is_wanted)
-            out = out + (read_out(state, rows[0][u], rows[2][u], z, take_row(weights[1], u, TILE), D_row),)
+            out = out + (_read_out(state, D_row, rows, z, weights[1], u, EARLY, TILE),)
         # Stored together, because no load moves ahead of a store that it might depend on.
         for u in tl.static_range(UNROLL):
             store_masked(y_place + (lane * y[3] + u * POS[5]), out[u], there, MASK_D)
     else:
         for u in tl.static_range(UNROLL):
             if (window + u >= t) & (window + u < end):
-                step = step_size(rows[1][u], bias_row, SOFTPLUS)
-                dx = step * rows[0][u].to(tl.float32)
-                state = tl.exp2(step[:, None] * A2) * state + dx[:, None] * take_row(weights[0], u, TILE)
+                state = _advanced(state, A2, bias_row, rows, weights[0], u, SOFTPLUS, EARLY, TILE)
                 if EDITED:
                     if window + u == t:
                         state = edited_state(state, edit_here, place, NUMBERS, AHEAD, TILE)
@@ -104,7 +142,7 @@ def _tile(
                         store_masked(tile_at(states, batch, record, d, place[6]), state, tile_there, MASK_D or MASK_N)
                         record += 1
                         wanted = position_at(recorded, record)
-                y_row = read_out(state, rows[0][u], rows[2][u], z, take_row(weights[1], u, TILE), D_row)
+                y_row = _read_out(state, D_row, rows, z, weights[1], u, EARLY, TILE)
                 store_masked(y_place + (lane * y[3] + u * POS[5]), y_row, there, MASK_D)
     return state
 
@@ -173,9 +211,7 @@ def _recorded_tile(
             out = out + (part_over_states(state * take_row(weights[1], u, TILE), STATES, LANES),)
         put_parts(sums, begin, out, TOGETHER)
     out = take_parts(sums, BLOCK) + D_across[None, :] * x_block
-    if z is not None:
-        gate = blocks[2][0].to(tl.float32)
-        out *= gate * sigmoid(gate)
+    out = gated(out, blocks[2][0], z)
     if not WHOLE:
         across_there = across_there & ((window + u_across >= t) & (window + u_across < end))[:, None]
     y_place = y[0] + (batch * y[1] + d0 * y[3] + tl.cast(window, tl.int64) * POS[5])
@@ -204,6 +240,7 @@ def scan_tile(
     NUMBERS: tl.constexpr,
     AHEAD: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    EARLY: tl.constexpr,
     RECORD_ALL: tl.constexpr,
     PARTIAL: tl.constexpr,
     MASK_D: tl.constexpr,
@@ -233,6 +270,7 @@ def scan_tile(
             )
     else:
         EDITS: tl.constexpr = edit_here[0] is not None
+        given = (state, A2, bias[0], D[0], rows, weights, z, targets, place, edit_here)
         if len(records) == 0:
             if not PARTIAL or end - t == UNROLL:
                 # If AHEAD, a tile without an edit has values that change nothing, because short scans notice when code
@@ -240,23 +278,27 @@ def scan_tile(
                 if EDITS and not AHEAD:
                     if edit_here[3]:
                         state = _tile(
-                            *(state, A2, bias[0], D[0], rows, weights, z, targets, place, edit_here, whole, ()),
-                            *(POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, MASK_N, UNROLL, TILE, True, True),
+                            *given,
+                            *(whole, (), POS, NUMBERS, AHEAD, SOFTPLUS),
+                            *(EARLY, MASK_D, MASK_N, UNROLL, TILE, True, True),
                         )
                     else:
                         state = _tile(
-                            *(state, A2, bias[0], D[0], rows, weights, z, targets, place, edit_here, whole, ()),
-                            *(POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, MASK_N, UNROLL, TILE, True, False),
+                            *given,
+                            *(whole, (), POS, NUMBERS, AHEAD, SOFTPLUS),
+                            *(EARLY, MASK_D, MASK_N, UNROLL, TILE, True, False),
                         )
                 else:
                     state = _tile(
-                        *(state, A2, bias[0], D[0], rows, weights, z, targets, place, edit_here, whole, ()),
-                        *(POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, MASK_N, UNROLL, TILE, True, EDITS),
+                        *given,
+                        *(whole, (), POS, NUMBERS, AHEAD, SOFTPLUS),
+                        *(EARLY, MASK_D, MASK_N, UNROLL, TILE, True, EDITS),
                     )
             else:
                 state = _tile(
-                    *(state, A2, bias[0], D[0], rows, weights, z, targets, place, edit_here, times, ()),
-                    *(POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, MASK_N, UNROLL, TILE, False, EDITS),
+                    *given,
+                    *(times, (), POS, NUMBERS, AHEAD, SOFTPLUS),
+                    *(EARLY, MASK_D, MASK_N, UNROLL, TILE, False, EDITS),
                 )
         else:
             record, next_record, following, recorded = records
@@ -266,17 +308,20 @@ def scan_tile(
                 none_here = none_here & (end - t == UNROLL)
             if none_here:
                 state = _tile(
-                    *(state, A2, bias[0], D[0], rows, weights, z, targets, place, edit_here, whole, ()),
-                    *(POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, MASK_N, UNROLL, TILE, True, EDITS),
+                    *given,
+                    *(whole, (), POS, NUMBERS, AHEAD, SOFTPLUS),
+                    *(EARLY, MASK_D, MASK_N, UNROLL, TILE, True, EDITS),
                 )
             elif (end - t < UNROLL) | (following < end):
                 state = _tile(
-                    *(state, A2, bias[0], D[0], rows, weights, z, targets, place, edit_here, times, here),
-                    *(POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, MASK_N, UNROLL, TILE, False, EDITS),
+                    *given,
+                    *(times, here, POS, NUMBERS, AHEAD, SOFTPLUS),
+                    *(EARLY, MASK_D, MASK_N, UNROLL, TILE, False, EDITS),
                 )
             else:
                 state = _tile(
-                    *(state, A2, bias[0], D[0], rows, weights, z, targets, place, edit_here, whole, here),
-                    *(POS, NUMBERS, AHEAD, SOFTPLUS, MASK_D, MASK_N, UNROLL, TILE, True, EDITS),
+                    *given,
+                    *(whole, here, POS, NUMBERS, AHEAD, SOFTPLUS),
+                    *(EARLY, MASK_D, MASK_N, UNROLL, TILE, True, EDITS),
                 )
     return state
