@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import platform
 import statistics
 import time
@@ -43,7 +44,7 @@ CEILINGS = {
     (8, 2048, 5120): (0.80, 3.2, 0.90, 2.9),
 }
 COPIED_BYTES = 2**31  # read and written
-EXTRA_SHAPES = ((8, 512, 2048), (1, 16384, 2048), (8, 2048, 5120))
+N_EDITS = 64
 
 
 def random_arguments(shape: tuple[int, int, int], dtype: torch.dtype, **more: Any) -> ScanArguments:
@@ -169,34 +170,61 @@ def mamba_ssm_ms(s: Any) -> dict[str, float]:
     return {"mamba_ssm_forward_ms": alone, "mamba_ssm_backward_ms": both - alone}
 
 
-def time_extras(shape: tuple[int, int, int]) -> dict[str, Any]:
-    """States and adjoints everywhere, states at 8 positions, 64 edited positions; float32."""
+def time_extras(shape: tuple[int, int, int], floor: dict[str, float]) -> dict[str, Any]:
+    """States at some positions and edits, where there are enough positions; states and adjoints everywhere, where their
+    bytes and those of inputs and outputs take over 0.1 ms at copy bandwidth."""
+    extras: dict[str, Any] = {"shape": shape}
+    if shape[1] > N_EDITS:
+        extras |= {f"{name}_ms": ms for name, ms in time_events(shape).items()}
+        torch.cuda.empty_cache()
+    if 4 * math.prod(shape) * (4 + D_STATE) > 0.1 * floor["copy_bytes_per_ms"]:
+        extras |= time_trajectories(shape)
+        torch.cuda.empty_cache()
+    return extras
+
+
+def forwards(sets: list[ScanArguments], **changes: Any) -> list[Callable[[], Any]]:
+    """Calls of the forward scan of each of the sets, changed so."""
+    tensors = [scan_tensors(each._replace(**changes)) for each in sets]
+    return [lambda s=s: scan_forward(s, save=False) for s in tensors]  # type: ignore[misc]
+
+
+def time_events(shape: tuple[int, int, int]) -> dict[str, float]:
+    """ms without and with states at 8 positions, and with 64 edited positions; float32.
+
+    Edits lie at equal distances, or anywhere; their values are one state for all, one for each of them, or, as at
+    random positions, one for each of them and of the examples.
+    """
     batch, length, d_inner = shape
     sets = [random_arguments(shape, torch.float32) for _ in range(4)]
-
-    def scans(**changes: Any) -> list[Callable[[], Any]]:
-        tensors = [scan_tensors(each._replace(**changes)) for each in sets]
-        return [lambda s=s: scan_forward(s, save=False) for s in tensors]  # type: ignore[misc]
-
-    calls = {"plain": scans(), "eight_positions": scans(states=tuple(range(5, length, length // 8)))}
-    for name, *sizes in (("one_value_per_channel", 1, 1), ("one_value_per_example", batch, 64)):
+    eight = tuple(range(5, length, length // 8))
+    calls = {"plain": forwards(sets), "eight_positions": forwards(sets, states=eight)}
+    evenly = tuple(range(0, length, length // N_EDITS))
+    randomly = tuple(sorted(torch.randperm(length, generator=torch.Generator().manual_seed(0))[:N_EDITS].tolist()))
+    for name, positions, *sizes in (
+        ("one_value_per_channel", evenly, 1, 1),
+        ("one_value_per_example", evenly, batch, N_EDITS),
+        ("at_random_positions", randomly, batch, N_EDITS),
+    ):
         add = torch.randn(*sizes, d_inner, D_STATE, device="cuda")
-        edits = StateEdits(tuple(range(0, length, length // 64)), torch.zeros(1, 1, 1, 1, device="cuda"), add)
-        calls[f"edits_{name}"] = scans(edits=edits)
-    times = alternating_ms(calls)
-    del calls
-    torch.cuda.empty_cache()
+        edits = StateEdits(positions, torch.zeros(1, 1, 1, 1, device="cuda"), add)
+        calls[f"edits_{name}"] = forwards(sets, edits=edits)
+    return alternating_ms(calls)
+
+
+def time_trajectories(shape: tuple[int, int, int]) -> dict[str, float]:
+    """ms with states and adjoints everywhere, float32, and what part of copy bandwidth that is."""
+    sets = [random_arguments(shape, torch.float32) for _ in range(4)]
     adjoints = [
         lambda p=p: adjoint_states(p.x, p.delta, p.A, p.C, p.z, p.delta_bias, True, backend="triton")  # type: ignore[misc]
         for p in sets
     ]
-    halves = scans(states="all", states_dtype=torch.bfloat16)
-    everywhere = {"all_states": scans(states="all"), "all_adjoints": adjoints, "all_states_bfloat16": halves}
-    times |= alternating_ms({"copy": [large_copy()], **everywhere}, replays=10)
-    bytes_of_one = 4 * batch * length * d_inner
+    halves = forwards(sets, states="all", states_dtype=torch.bfloat16)
+    everywhere = {"all_states": forwards(sets, states="all"), "all_adjoints": adjoints, "all_states_bfloat16": halves}
+    times = alternating_ms({"copy": [large_copy()], **everywhere}, replays=10)
+    bytes_of_one = 4 * shape[0] * shape[1] * shape[2]
     ms_of_one = bytes_of_one / (COPIED_BYTES / times["copy"])  # of a tensor [batch, pos, d_inner] at copy bandwidth
     return {
-        "shape": shape,
         **{f"{name}_ms": ms for name, ms in times.items()},
         "all_states_of_copy": (4 + D_STATE) * ms_of_one / times["all_states"],
         "all_adjoints_of_copy": (3 + D_STATE) * ms_of_one / times["all_adjoints"],
@@ -275,11 +303,10 @@ def main() -> None:
                 chosen.out.write_text(json.dumps(result, indent=1) + "\n")
     if not chosen.no_extras:
         result["python_microseconds"] = python_microseconds()
-        for shape in EXTRA_SHAPES:
-            result["extras"].append(time_extras(shape))
+        for shape in CEILINGS:
+            result["extras"].append(time_extras(shape, result))
             print(result["extras"][-1], flush=True)
             chosen.out.write_text(json.dumps(result, indent=1) + "\n")
-            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

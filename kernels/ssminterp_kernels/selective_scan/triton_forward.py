@@ -127,10 +127,12 @@ def scan_forward_kernel(
     `BackwardPlan`; final_state: [batch, 1, d_inner, d_state]. POS: the strides of the position axes of x, delta, z, B,
     C, y and states, as constants so that neighbouring positions cost no address arithmetic. NUMBERS: of keep and add,
     see `numbers_of`; CHANNELS: their strides of the channels, if AHEAD, that is if the values of an edit are loaded a
-    tile before it. PARTIAL: some tile may hold less than UNROLL positions. SEVERAL: elements may be more than one. TILE
-    and what follows: see `ForwardLayouts`; STATES: how many of a channel's in a row a thread has; LANES: how many lanes
-    have parts of a sum over d_state; TOGETHER: how many such sums are put into shared memory at once; HELD: how many
-    tiles' x and delta stay there from a chunk's first reading to its second.
+    tile before it; BEYOND: if the tile after that, and its edit, are brought to the L2 cache meanwhile; EARLY: if what
+    the rows come to is worked out before the next tile's are loaded. PARTIAL: some tile may hold less than UNROLL
+    positions. SEVERAL: elements may be more than one. TILE and what follows: see `ForwardLayouts`; STATES: how many of
+    a channel's in a row a thread has; LANES: how many lanes have parts of a sum over d_state; TOGETHER: how many such
+    sums are put into shared memory at once; HELD: how many tiles' x and delta stay there from a chunk's first reading
+    to its second.
     """
     pid = tl.program_id(0)
     block = pid % n_blocks

@@ -133,7 +133,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
         # Addresses that stay the same take registers, which edits have to spare and nothing else has.
         SEVERAL=plan.elements > 1 or (plan.max_registers == 168 and s.edits is None),
         AHEAD=ahead,
-        BEYOND=ahead and _lines_are_read(s),
+        BEYOND=ahead and _beyond(s, plan),
         # Where edits or records branch and few warps are at work, the next tile's loads would begin too late.
         EARLY=not s.record_all and s.edits is None and (recorded is None or plan.max_registers != 255),
         STATES=of_a_channel,
@@ -149,13 +149,16 @@ def _edits_ahead(s: ScanTensors, plan: Plan) -> bool:
     """Whether an edit's values are loaded a tile before it, which takes registers, or when it happens."""
     if s.edits is None or plan.states_of_a_thread > (8 if s.record_all else 16):
         return False
-    return s.record_all or plan.max_registers == 255
+    tiles = [values for values in (s.keep, s.add) if values is not None and numbers_of(values) == 0]
+    return s.record_all or plan.max_registers == 255 or (plan.max_registers == 168 and len(tiles) < 2)
 
 
-def _lines_are_read(s: ScanTensors) -> bool:
-    """Whether a tile of positions is whole lines of memory, so that they can be had in the L2 cache before it."""
+def _beyond(s: ScanTensors, plan: Plan) -> bool:
+    """Whether the tile after the next is brought to the L2 cache: where few warps are at work, and a tile is lines of
+    memory."""
     values = [v for v in (s.keep, s.add) if v is not None and numbers_of(v) == 0]
-    return not s.record_all and all(t is None or t.stride(-1) == 1 for t in (s.x, s.delta, s.z, *values))
+    lines = all(t is None or t.stride(-1) == 1 for t in (s.x, s.delta, s.z, *values))
+    return not s.record_all and plan.max_registers == 255 and lines
 
 
 _A, _D, _BIAS = (ScanTensors._fields.index(name) for name in ("A", "D", "bias"))

@@ -118,7 +118,7 @@ def numbers_of(values: Tensor | None) -> int:
     """What the items [d_inner, d_state] of keep or add are: 0 if tiles, 1 if one number each, 2 if one for all."""
     if values is None or not values.stride(-1) == values.stride(-2) == 0:
         return 0
-    return 2 if values.stride(0) == values.stride(1) == 0 else 1
+    return 2 if all(values.shape[axis] == 1 or values.stride(axis) == 0 for axis in (0, 1)) else 1
 
 
 def placement(plan: Plan, length: int) -> tuple[int, ...]:
