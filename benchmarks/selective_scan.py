@@ -222,13 +222,21 @@ def time_trajectories(shape: tuple[int, int, int]) -> dict[str, float]:
     halves = forwards(sets, states="all", states_dtype=torch.bfloat16)
     everywhere = {"all_states": forwards(sets, states="all"), "all_adjoints": adjoints, "all_states_bfloat16": halves}
     times = alternating_ms({"copy": [large_copy()], **everywhere}, replays=10)
-    bytes_of_one = 4 * shape[0] * shape[1] * shape[2]
-    ms_of_one = bytes_of_one / (COPIED_BYTES / times["copy"])  # of a tensor [batch, pos, d_inner] at copy bandwidth
+    a, y = sets[0], sets[0].x
+    states, final_states = (4 * positions * shape[0] * shape[2] * D_STATE for positions in (shape[1], 1))
+    moved = {
+        "all_states": states + final_states + bytes_of(a.x, a.delta, a.A, a.B, a.C, a.D, a.z, a.delta_bias, y),
+        "all_adjoints": states + bytes_of(y, a.delta, a.A, a.C, a.z, a.delta_bias),
+    }
+    bandwidth = COPIED_BYTES / times["copy"]
     return {
         **{f"{name}_ms": ms for name, ms in times.items()},
-        "all_states_of_copy": (4 + D_STATE) * ms_of_one / times["all_states"],
-        "all_adjoints_of_copy": (3 + D_STATE) * ms_of_one / times["all_adjoints"],
+        **{f"{name}_of_copy": each / bandwidth / times[name] for name, each in moved.items()},
     }
+
+
+def bytes_of(*tensors: Tensor | None) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 def peak_memory(s: ScanTensors) -> dict[str, float]:

@@ -7,17 +7,10 @@ from typing import no_type_check
 import triton.language as tl
 
 from ssminterp_kernels.selective_scan.triton_edits import edited_state
-from ssminterp_kernels.selective_scan.triton_layouts import (
-    jit,
-    part_over_states,
-    put,
-    put_parts,
-    take_column,
-    take_parts,
-    take_row,
-)
+from ssminterp_kernels.selective_scan.triton_layouts import jit, take_row
 from ssminterp_kernels.selective_scan.triton_loads import tile_at
 from ssminterp_kernels.selective_scan.triton_math import gated, silu, step_size, store_masked
+from ssminterp_kernels.selective_scan.triton_recorded_tile import recorded_tile
 from ssminterp_kernels.selective_scan.triton_rows import position_at
 
 
@@ -149,78 +142,6 @@ def _tile(
 
 @jit
 @no_type_check
-def _recorded_tile(
-    state,
-    A2,
-    bias_across,
-    D_across,
-    blocks,
-    weights,
-    shared,
-    z,
-    targets,
-    place,
-    across,
-    edit_here,
-    times,
-    POS: tl.constexpr,
-    NUMBERS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    UNROLL: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STATES: tl.constexpr,
-    LANES: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """As `_tile` where every state is written: the lanes of a channel share what is computed once for it.
-
-    blocks: x, delta and z [pos, channel]; shared: places of such blocks; across: what numbers them: positions,
-    channels, which are there.
-    """
-    y, states = targets
-    batch, d0 = place[0], place[1]
-    window, t, end = times
-    u_across, lane_across, across_there = across
-    steps, inputs, sums = shared
-    x_block = blocks[0][0].to(tl.float32)
-    step_block = step_size(blocks[1][0], bias_across[None, :], SOFTPLUS)
-    put(steps, step_block)
-    put(inputs, step_block * x_block)
-    target = tile_at(states, batch, window, d0 + place[3], place[6])
-    tile_there = place[4][:, None] & place[7][None, :]
-    for begin in tl.static_range(0, UNROLL, TOGETHER):
-        out = ()
-        for u in tl.static_range(begin, begin + TOGETHER):
-            after = tl.exp2(take_column(steps, u, TILE) * A2) * state
-            after += take_column(inputs, u, TILE) * take_row(weights[0], u, TILE)
-            if WHOLE:
-                state = after
-                if edit_here[0] is not None and u == 0:
-                    state = edited_state(state, edit_here, place, NUMBERS, AHEAD, TILE)
-                tl.store(target + u * POS[6], state, mask=tile_there, cache_modifier=".cs")
-            else:
-                is_here = (window + u >= t) & (window + u < end)
-                state = tl.where(is_here, after, state)
-                if edit_here[0] is not None:
-                    if window + u == t:
-                        state = edited_state(state, edit_here, place, NUMBERS, AHEAD, TILE)
-                tl.store(target + u * POS[6], state, mask=tile_there & is_here, cache_modifier=".cs")
-            out = out + (part_over_states(state * take_row(weights[1], u, TILE), STATES, LANES),)
-        put_parts(sums, begin, out, TOGETHER)
-    out = take_parts(sums, BLOCK) + D_across[None, :] * x_block
-    out = gated(out, blocks[2][0], z)
-    if not WHOLE:
-        across_there = across_there & ((window + u_across >= t) & (window + u_across < end))[:, None]
-    y_place = y[0] + (batch * y[1] + d0 * y[3] + tl.cast(window, tl.int64) * POS[5])
-    tl.store(y_place + (u_across[:, None] * POS[5] + lane_across[None, :] * y[3]), out, mask=across_there)
-    return state
-
-
-@jit
-@no_type_check
 def scan_tile(
     state,
     A2,
@@ -252,7 +173,7 @@ def scan_tile(
     LANES: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """The state after a tile, by `_tile` or `_recorded_tile`.
+    """The state after a tile, by `_tile` or `recorded_tile`.
 
     records: if states at some positions are recorded: the next record, its position, that of the one after it, and all.
     """
@@ -261,11 +182,11 @@ def scan_tile(
     if RECORD_ALL:
         given = (A2, bias[1], D[1], rows, weights, shared, z, targets, place, across, edit_here)
         if not PARTIAL or end - t == UNROLL:
-            state = _recorded_tile(
+            state = recorded_tile(
                 state, *given, whole, POS, NUMBERS, AHEAD, SOFTPLUS, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER, True
             )
         else:
-            state = _recorded_tile(
+            state = recorded_tile(
                 state, *given, times, POS, NUMBERS, AHEAD, SOFTPLUS, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER, False
             )
     else:
