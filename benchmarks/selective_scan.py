@@ -192,8 +192,8 @@ def forwards(sets: list[ScanArguments], **changes: Any) -> list[Callable[[], Any
 def time_events(shape: tuple[int, int, int]) -> dict[str, float]:
     """ms without and with states at 8 positions, and with 64 edited positions; float32.
 
-    Edits lie at equal distances, or anywhere; their values are one state for all, one for each of them, or, as at
-    random positions, one for each of them and of the examples.
+    Edits lie at equal distances, with one state for all of them or with one for each of them and of the examples, or,
+    with the latter, at random positions.
     """
     batch, length, d_inner = shape
     sets = [random_arguments(shape, torch.float32) for _ in range(4)]

@@ -17,7 +17,7 @@ from ssminterp_kernels.selective_scan.triton_math import (
     advance,
     load_channels,
     load_wide,
-    sigmoid,
+    silu,
     step_size,
     store_wide,
     tile,
@@ -72,7 +72,7 @@ def conv_rows_kernel(
         total += tap[None, :] * inputs
     if SILU:
         total = total.to(y.dtype.element_ty).to(tl.float32)
-        total *= sigmoid(total)
+        total = silu(total)
     place = (tile_ * n_out + token)[:, None] * d_inner + d[None, :]
     tl.store(y + place, total, mask=exists[:, None] & there)
 
@@ -121,7 +121,7 @@ def conv_tokens_kernel(
         total += tap[None, :] * before.to(tl.float32)
     if SILU:
         total = total.to(y.dtype.element_ty).to(tl.float32)
-        total *= sigmoid(total)
+        total = silu(total)
     place = token.to(tl.int64)[:, None] * d_inner + d[None, :]
     tl.store(y + place, total, mask=exists[:, None] & there)
 
@@ -167,8 +167,7 @@ def store_state(states, slot, d, d_inner, d_state, n, state, there, tile_there, 
 def write_gated(state, x, C, D_row, z, out_at, there):
     """What is read from a state, with D and the gate."""
     y = tl.sum(state * C[:, None], 0) + D_row * x.to(tl.float32)
-    z = z.to(tl.float32)
-    tl.store(out_at, y * (z * sigmoid(z)), mask=there)
+    tl.store(out_at, y * silu(z), mask=there)
 
 
 @triton.jit

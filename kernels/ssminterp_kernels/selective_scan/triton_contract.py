@@ -26,7 +26,7 @@ from ssminterp_kernels.selective_scan.triton_math import (
     load_channels,
     load_tile,
     program_place,
-    sigmoid,
+    silu,
     step_size,
     tile,
     weight_rows,
@@ -172,8 +172,7 @@ def contract_kernel(
                 mask = there & (t < end)
                 dy_row = tl.load(dy_rows + t * POS[1], mask=mask, other=0.0).to(tl.float32)
                 if z is not None:
-                    gate = tl.load(z_rows + t * POS[2], mask=mask, other=0.0).to(tl.float32)
-                    dy_row *= gate * sigmoid(gate)
+                    dy_row *= silu(tl.load(z_rows + t * POS[2], mask=mask, other=0.0))
                 C_row = tl.load(C_rows + t * POS[0], mask=n_there & (t < end), other=0.0).to(tl.float32)
                 adjoint = carry + C_row[:, None] * dy_row[None, :]
                 products = tl.sum(differences[u] * adjoint, 0)

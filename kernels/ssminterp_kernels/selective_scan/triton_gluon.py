@@ -131,8 +131,7 @@ def take_row(place, i, TILE: tl.constexpr):
 @jit
 @no_type_check
 def prefetch(pointers, wanted):
-    """Begin to bring the lines of memory in which these numbers are to the L2 cache, from where loads take a third of
-    the time, and no register waits for them."""
+    """Begin to bring the lines of memory in which these numbers are to the L2 cache; no register waits for them."""
     gl.inline_asm_elementwise(
         "{ .reg .pred wanted; setp.ne.s32 wanted, $2, 0; @wanted prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
         *("=r,l,r", [pointers.to(gl.int64), wanted.to(gl.int32)], gl.int32, False, 1),

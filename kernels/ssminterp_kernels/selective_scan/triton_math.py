@@ -58,12 +58,12 @@ def silu(v):
 
 @triton.jit
 @no_type_check
-def gated(dy, z_values, z):
-    """dLoss/d(y before the gate) from dLoss/dy, float32; z_values: what the gate is made of, if there is a z."""
-    dy = dy.to(tl.float32)
+def gated(y, z_values, z):
+    """y through the gate, or dLoss/dy back through it, float32; z_values: what the gate is made of, if there is a z."""
+    y = y.to(tl.float32)
     if z is not None:
-        dy *= silu(z_values)
-    return dy
+        y *= silu(z_values)
+    return y
 
 
 @triton.jit

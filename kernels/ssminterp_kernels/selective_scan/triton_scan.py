@@ -149,16 +149,19 @@ def _edits_ahead(s: ScanTensors, plan: Plan) -> bool:
     """Whether an edit's values are loaded a tile before it, which takes registers, or when it happens."""
     if s.edits is None or plan.states_of_a_thread > (8 if s.record_all else 16):
         return False
-    tiles = [values for values in (s.keep, s.add) if values is not None and numbers_of(values) == 0]
-    return s.record_all or plan.max_registers == 255 or (plan.max_registers == 168 and len(tiles) < 2)
+    return s.record_all or plan.max_registers == 255 or (plan.max_registers == 168 and len(_whole_states(s)) < 2)
 
 
 def _beyond(s: ScanTensors, plan: Plan) -> bool:
     """Whether the tile after the next is brought to the L2 cache: where few warps are at work, and a tile is lines of
     memory."""
-    values = [v for v in (s.keep, s.add) if v is not None and numbers_of(v) == 0]
-    lines = all(t is None or t.stride(-1) == 1 for t in (s.x, s.delta, s.z, *values))
+    lines = all(t is None or t.stride(-1) == 1 for t in (s.x, s.delta, s.z, *_whole_states(s)))
     return not s.record_all and plan.max_registers == 255 and lines
+
+
+def _whole_states(s: ScanTensors) -> list[Tensor]:
+    """Of keep and add those that are no numbers."""
+    return [values for values in (s.keep, s.add) if values is not None and numbers_of(values) == 0]
 
 
 _A, _D, _BIAS = (ScanTensors._fields.index(name) for name in ("A", "D", "bias"))
