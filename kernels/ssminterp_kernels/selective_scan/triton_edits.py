@@ -64,6 +64,13 @@ def edits_after(here, edits, batch_next, t_next, ends_element, firsts, SEVERAL: 
 
 @jit
 @no_type_check
+def _value_start(tensor, batch, edit, n_edits):
+    """Pointer to keep or add of an edit, or of the last if there is no such edit."""
+    return tensor[0] + (batch * tensor[1] + tl.minimum(edit, n_edits - 1).to(tl.int64) * tensor[2])
+
+
+@jit
+@no_type_check
 def _load_value(
     tensor,
     at,
@@ -78,7 +85,7 @@ def _load_value(
 ):
     """keep or add as `load_values` does."""
     batch, edit, n_edits, d0, d_end, d_state = at
-    start = tensor[0] + (batch * tensor[1] + tl.minimum(edit, n_edits - 1).to(tl.int64) * tensor[2])
+    start = _value_start(tensor, batch, edit, n_edits)
     if NUMBER:
         loaded = tl.load(start, mask=wanted, other=neutral)
     else:
@@ -164,7 +171,7 @@ def _prefetch_value(
     batch, edit, n_edits, d0, d_end = at
     SIDE: tl.constexpr = LINE_BYTES // 4 // BLOCK_N  # channels that are a line of memory side by side
     d = channel_numbers(BLOCK_D // SIDE, TILE) * SIDE
-    start = tensor[0] + (batch * tensor[1] + tl.minimum(edit, n_edits - 1).to(tl.int64) * tensor[2] + d0 * CHANNEL)
+    start = _value_start(tensor, batch, edit, n_edits) + d0 * CHANNEL
     prefetch(start + d * CHANNEL, wanted & (d0 + d < d_end))
 
 

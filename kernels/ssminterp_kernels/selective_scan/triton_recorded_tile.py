@@ -18,6 +18,7 @@ from ssminterp_kernels.selective_scan.triton_layouts import (
 )
 from ssminterp_kernels.selective_scan.triton_loads import tile_at
 from ssminterp_kernels.selective_scan.triton_math import gated, step_size
+from ssminterp_kernels.selective_scan.triton_rows import row_start
 
 
 @jit
@@ -87,6 +88,6 @@ def recorded_tile(
     out = gated(out, blocks[2][0], z)
     if not WHOLE:
         across_there = across_there & ((window + u_across >= t) & (window + u_across < end))[:, None]
-    y_place = y[0] + (batch * y[1] + d0 * y[3] + tl.cast(window, tl.int64) * POS[5])
+    y_place = row_start(y, batch, d0, window, POS[5])
     tl.store(y_place + (u_across[:, None] * POS[5] + lane_across[None, :] * y[3]), out, mask=across_there)
     return state

@@ -26,6 +26,13 @@ FAR = tl.constexpr((1 << 31) - 2)  # a position that no tile reaches, and one mo
 
 @jit
 @no_type_check
+def row_start(tensor, batch, d0, t, stride: tl.constexpr):
+    """Pointer to position t and channel d0 of a tensor [batch, pos, d_inner]."""
+    return tensor[0] + (batch * tensor[1] + d0 * tensor[3] + tl.cast(t, tl.int64) * stride)
+
+
+@jit
+@no_type_check
 def load_rows(tensor, batch, d0, lane, t, there, stride: tl.constexpr, MASK_D: tl.constexpr, COUNT: tl.constexpr):
     """[BLOCK_D] of a tensor [batch, pos, d_inner] at COUNT positions from t on; zeros if there is no such tensor.
 
@@ -36,7 +43,7 @@ def load_rows(tensor, batch, d0, lane, t, there, stride: tl.constexpr, MASK_D: t
         if tensor is None:
             rows = rows + (0.0,)
         else:
-            place = tensor[0] + (batch * tensor[1] + d0 * tensor[3] + tl.cast(t, tl.int64) * stride)
+            place = row_start(tensor, batch, d0, t, stride)
             rows = rows + (load_masked(place + (lane * tensor[3] + u * stride), there, MASK_D),)
     return rows
 
@@ -59,7 +66,7 @@ def load_block(tensor, batch, d0, t, u, lane, there, stride: tl.constexpr):
     if tensor is None:
         block = (0.0,)
     else:
-        place = tensor[0] + (batch * tensor[1] + d0 * tensor[3] + tl.cast(t, tl.int64) * stride)
+        place = row_start(tensor, batch, d0, t, stride)
         block = (tl.load(place + (u[:, None] * stride + lane[None, :] * tensor[3]), mask=there, other=0.0),)
     return block
 
@@ -119,7 +126,7 @@ def _prefetch_lines(
     d0, d_end = place[1], place[2]
     i = channel_numbers(COUNT * LINES, TILE)
     lane = i % LINES * LINE
-    start = tensor[0] + (batch * tensor[1] + d0 * tensor[3] + tl.cast(t, tl.int64) * stride)
+    start = row_start(tensor, batch, d0, t, stride)
     prefetch(start + (i // LINES * stride + lane * tensor[3]), d0 + lane < d_end)
 
 

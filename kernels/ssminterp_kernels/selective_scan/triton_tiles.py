@@ -11,7 +11,7 @@ from ssminterp_kernels.selective_scan.triton_layouts import jit, take_row
 from ssminterp_kernels.selective_scan.triton_loads import tile_at
 from ssminterp_kernels.selective_scan.triton_math import gated, silu, step_size, store_masked
 from ssminterp_kernels.selective_scan.triton_recorded_tile import recorded_tile
-from ssminterp_kernels.selective_scan.triton_rows import position_at
+from ssminterp_kernels.selective_scan.triton_rows import position_at, row_start
 
 
 @jit
@@ -107,7 +107,7 @@ def _tile(
         record, wanted, recorded = records
         tile_there = there[:, None] & place[7][None, :]
         d = d0 + lane
-    y_place = y[0] + (batch * y[1] + d0 * y[3] + tl.cast(window, tl.int64) * POS[5])
+    y_place = row_start(y, batch, d0, window, POS[5])
     if WHOLE:
         out = ()
         for u in tl.static_range(UNROLL):
