@@ -130,12 +130,12 @@ def test_programs_are_as_wide_as_gives_most_multiprocessors_one() -> None:
         ((1, 2048, 5120), 64, 80),
         ((1, 16384, 2048), 32, 64),
         ((1, 2048, 1536), 8, 192),
+        ((3, 512, 4096), 64, 192),
+        ((8, 2048, 5120), 64, 640),
     ):
         plan, _ = planned(*shape)
         assert (plan.block_d, plan.n_chunks) == (block_d, 1)
         assert -(-shape[0] // plan.elements) * plan.n_blocks == programs
-    for shape in ((8, 2048, 5120), (1, 16384, 512)):  # very many programs, and too few without chunks
-        chosen, wide = planned(*shape)
+    for few in ((1, 16384, 512, False), (1, 16384, 2048, True)):  # too few without chunks, or edits cut tiles
+        chosen, wide = planned(*few)
         assert chosen == wide
-    chosen, wide = planned(1, 16384, 2048, edited=True)
-    assert chosen == wide

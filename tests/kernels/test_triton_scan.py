@@ -77,7 +77,12 @@ GPU_CASES = (
         for optional in (OPTIONAL, ("D", "initial_state"))
         for dtype in (torch.float32, BF16)
     ),
-    ScanCase(length=2500, batch=3, d_inner=33, d_state=16, states="all"),
+    # all states: in chunks; in one pass by programs for some, most, and more than all multiprocessors
+    *(
+        ScanCase(length=length, batch=batch, d_inner=d_inner, d_state=16, states="all", edit_positions=edits)
+        for length, batch, d_inner in ((2500, 3, 33), (70, 1, 5120), (90, 8, 2048), (50, 16, 2048), (5, 700, 64))
+        for edits in ((), (1, 4))
+    ),
     *(
         ScanCase(length=length, d_inner=192, d_state=16, edit_positions=edits, states=(5, 20, 21, 22, 40, 63, 64, 69))
         for length in (70, 1000)
@@ -188,22 +193,22 @@ def test_chunks_equal_one_pass(
         assert relative_error(chunks, one_pass) < 1e-5
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.integers(1, 8), st.integers(1, 2**21), st.integers(1, 8192), st.integers(1, 256), st.booleans())
-def test_chunks_of_all_states_fit_into_what_holds_their_inputs(
-    batch: int, length: int, d_inner: int, d_state: int, edited: bool
+@pytest.mark.parametrize("n_processors", [1, 2, 4, 132])
+@pytest.mark.parametrize("edits", [(), (5, 33)], ids=["", "edited"])
+def test_all_states_are_the_same_as_planned_for_any_gpu(
+    n_processors: int, edits: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ssminterp_kernels.selective_scan.triton_plan import for_all_states, plan_scan
+    from ssminterp_kernels.selective_scan import triton_scan
 
-    sizes = (batch, length, d_inner, d_state, 1, 132)
-    scanned = plan_scan(*sizes, unroll=8, enough_warps=3, warps_wanted=96, widest_block=64)
-    plan = for_all_states(scanned, length, save=False, edited=edited)
-    assert plan.is_chunked == scanned.is_chunked
-    assert (plan.n_chunks - 1) * plan.chunk_length < length <= plan.n_chunks * plan.chunk_length
-    assert not plan.is_chunked or plan.chunk_length % plan.unroll == 0
-    assert not plan.held or (plan.is_chunked and plan.chunk_length <= plan.held * plan.unroll)
-    if plan.is_chunked and length >= 1024:
-        assert 3 * plan.n_chunks <= 0.05 * length, "decays, locals and ends beside all states"
+    monkeypatch.setattr(triton_scan, "processor_count", lambda device: n_processors)
+    triton_scan._forward.known.clear()  # type: ignore[attr-defined]
+    with torch.no_grad():
+        inputs = random_scan_inputs(ScanCase(length=38, d_inner=5, edit_positions=edits), device=DEVICE)
+        ours = selective_scan(**inputs, backend="triton")
+        expected = reference(**in_float64(inputs))
+    triton_scan._forward.known.clear()  # type: ignore[attr-defined]
+    for name, value in expected.items():
+        assert relative_error(getattr(ours, name), value) < 1e-5, name
 
 
 def test_backward_of_a_part_of_the_batch_needs_to_be_foreseen() -> None:

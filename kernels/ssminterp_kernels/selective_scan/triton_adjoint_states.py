@@ -33,10 +33,17 @@ from ssminterp_kernels.selective_scan.triton_layouts import (
 from ssminterp_kernels.selective_scan.triton_loads import count_before, load_tile, tile_at
 from ssminterp_kernels.selective_scan.triton_math import LOG2E, gated, step_size
 from ssminterp_kernels.selective_scan.triton_plan import Plan, for_all_adjoints, plan_scan, processor_count
-from ssminterp_kernels.selective_scan.triton_rows import load_block, load_per_channel, load_weights, position_before
+from ssminterp_kernels.selective_scan.triton_rows import (
+    load_block,
+    load_per_channel,
+    load_weights,
+    position_before,
+    prefetch_rows,
+)
 from ssminterp_kernels.selective_scan.triton_tensors import (
     ScanTensors,
     edit_table,
+    in_lines,
     new_states,
     placement,
     position_table,
@@ -58,8 +65,8 @@ def _loaded(delta, dy, z, C, batch, group, d0, t, across, of_weights, POS: tl.co
     row_u, row_n, row_there = of_weights
     delta_block = load_block(delta, batch, d0, t, u, lane, there, POS[0])[0]
     dy_block = load_block(dy, batch, d0, t, u, lane, there, POS[1])[0]
-    z_block = load_block(z, batch, d0, t, u, lane, there, POS[3])[0]
-    return delta_block, dy_block, z_block, load_weights(C, batch, group, t, row_u, row_n, row_there, POS[2], MASK_N)
+    z_block = load_block(z, batch, d0, t, u, lane, there, POS[2])[0]
+    return delta_block, dy_block, z_block, load_weights(C, batch, group, t, row_u, row_n, row_there, POS[3], MASK_N)
 
 
 @jit
@@ -127,6 +134,7 @@ def adjoint_trajectory_kernel(
     POS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     PARTIAL: tl.constexpr,
+    BEYOND: tl.constexpr,
     MASK_N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -139,8 +147,9 @@ def adjoint_trajectory_kernel(
     """One program: BLOCK_D channels of one group, one chunk, `elements` batch elements one after the other.
 
     future: the gradient of the state after each chunk [batch, n_chunks, d_inner, d_state], None for zeros; adjoints:
-    [batch, pos, d_inner, d_state]. POS: the strides of the position axes of delta, dy, C, z and adjoints, as constants
+    [batch, pos, d_inner, d_state]. POS: the strides of the position axes of delta, dy, z, C and adjoints, as constants
     so that neighbouring positions cost no address arithmetic. PARTIAL: some tile may hold less than UNROLL positions.
+    BEYOND: the tile after the next is brought to the L2 cache meanwhile.
 
     A tile lies in shared memory while its adjoints are written, and the next one is on its way.
     """
@@ -200,6 +209,11 @@ def adjoint_trajectory_kernel(
         top_next = tl.where(ends, stop, low) - 1
         window_next = tl.maximum(top_next + 1 - UNROLL, 0)
         ahead = _loaded(delta, dy, z, C, batch_next, group, d0, window_next, across, of_weights, POS, MASK_N)
+        if BEYOND:
+            window_beyond = tl.maximum(window_next - UNROLL, 0)
+            prefetch_rows(
+                *(delta, dy, z, batch_next, (batch_next, d0, d_end), window_beyond, POS, UNROLL, BLOCK_D, TILE)
+            )
         target = tile_at(adjoints, batch, window, d, n)
         carry = _write_tile(
             *(carry, A2, shared, target, there, low - window, top - window),
@@ -277,9 +291,10 @@ def _write_all(s: ScanTensors, adjoints: Tensor) -> None:
         *(strided(s.delta), strided(s.z), strided(s.A), strided(s.C), strided(s.bias), edit_table(s.edits)),
         *(strided(s.keep), strided(s.x), _future(s, scanned, plan.is_chunked), strided(adjoints)),
         *(batch, plan.elements, *placement(plan, length), d_state),
-        POS=strides_of_pos(s.delta, s.x, s.C, s.z, adjoints),
+        POS=strides_of_pos(s.delta, s.x, s.z, s.C, adjoints),
         SOFTPLUS=s.softplus,
         PARTIAL=s.edits is not None or length % plan.unroll != 0,
+        BEYOND=plan.beyond and in_lines(s.delta, s.x, s.z),
         MASK_N=plan.block_n != d_state,
         BLOCK_N=plan.block_n,
         BLOCK_D=plan.block_d,

@@ -5,15 +5,36 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 WARPS_FORWARD = 12  # on a multiprocessor at once, at 168 registers a thread
 HELD = 10  # tiles of 8 positions and 64 float32 channels: the most that leave room for four programs
 
-# Writing all adjoints in one pass, as measured on an H200 with 16 states: channels of a program, positions of a tile,
-# registers of a thread, and how many programs a multiprocessor make it pay.
-ONE_PASS = ((64, 16, 64, 0.6), (32, 64, 128, 0.4), (8, 64, 168, 0.9))
+
+class Tiles(NamedTuple):
+    """Of a program that writes all states or all adjoints in one pass over time; its channels with 16 states each."""
+
+    programs: float  # for every multiprocessor at least so many, or else tiles further down the list
+    channels: int
+    positions: int
+    beyond: bool
+    per_thread: int  # states, for adjoints
+    registers: int  # of a thread at most, for adjoints
+
+
+# As measured on an H200. Where programs do not come out even, some have more of the bandwidth the further ahead they
+# read, and the others are the last.
+ONE_PASS = (
+    Tiles(2.0, 64, 16, True, 4, 128),
+    Tiles(1.01, 64, 8, False, 4, 128),
+    Tiles(0.72, 64, 8, True, 4, 128),
+    Tiles(0.64, 64, 16, False, 2, 64),
+    Tiles(0.5, 64, 16, True, 2, 64),
+    Tiles(0.4, 32, 64, False, 2, 128),
+    Tiles(0.9, 8, 64, False, 2, 168),
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +53,7 @@ class Plan:
     per_thread: int = 16  # states of a channel that a thread holds, at most
     elements: int = 1  # batch elements that a program takes one after the other
     held: int = 0  # tiles whose x and delta a program of a chunk can hold in shared memory
+    beyond: bool = False  # whether the tile after the next is brought to the L2 cache
 
     @property
     def is_chunked(self) -> bool:
@@ -77,7 +99,7 @@ def plan_scan(
     # Two chunks would pay the second pass over time and win nothing.
     if chunks <= 2:
         chunks = 1
-    unroll = min(unroll, 1 << (length.bit_length() - 1))  # a tile of positions fits into the sequence
+    unroll = _tile(unroll, length)
     chunk_length = ceil_div(ceil_div(length, chunks), unroll) * unroll
     n_chunks = ceil_div(length, chunk_length)
     max_registers = None
@@ -122,44 +144,76 @@ def for_trajectories(plan: Plan) -> Plan:
 def for_all_adjoints(plan: Plan, batch: int, length: int, n_processors: int, edited: bool) -> Plan:
     """The plan for writing the adjoints of every state, if `plan` is one for scanning them.
 
-    Between very many programs and too few of them, one pass over time: as many channels a program as give most
-    multiprocessors one, and the fewer channels, the longer the tiles, because a tile is how far ahead is read. An edit
-    ends a tile, so that edits want short ones.
+    One pass over time, unless programs are too few even of 8 channels: the fewer channels, the longer the tiles,
+    because a tile is how far ahead is read. An edit ends a tile, so that edits want short ones.
     """
-    if edited or batch * plan.n_blocks > 2 * n_processors:
+    if edited:
         return for_trajectories(plan)
     n_groups = plan.n_blocks // ceil_div(plan.group_size, plan.block_d)
-    for many, unroll, registers, enough in ONE_PASS:
-        block_d = min(plan.block_d, max(8, many * 16 // plan.block_n))
+    for tiles in ONE_PASS:
+        block_d = min(plan.block_d, max(8, tiles.channels * 16 // plan.block_n))
         n_blocks = n_groups * ceil_div(plan.group_size, block_d)
-        if batch * n_blocks >= enough * n_processors:
-            num_warps = max(1, min(16, block_d * plan.block_n // 64))
-            return dataclasses.replace(
+        elements, of_each = _shared_out(batch, length, n_blocks, n_processors, pairs=tiles.channels == 64)
+        if of_each >= tiles.programs:
+            num_warps = max(1, min(16, block_d * plan.block_n // (32 * tiles.per_thread)))
+            plan = dataclasses.replace(
                 plan,
-                **{"block_d": block_d, "per_thread": 2, "num_warps": num_warps},
-                unroll=min(unroll, 1 << (length.bit_length() - 1)),
-                max_registers=min(registers, 2048 // num_warps),
-                **{"n_blocks": n_blocks, "chunk_length": length, "n_chunks": 1},
-                elements=min(batch, ceil_div(batch * n_blocks, n_processors)) if many == 64 else 1,
+                block_d=block_d,
+                n_blocks=n_blocks,
+                per_thread=tiles.per_thread,
+                num_warps=num_warps,
+                max_registers=min(tiles.registers, 2048 // num_warps),
             )
+            return _in_one_pass(plan, length, tiles.positions, tiles.beyond, elements)
     return for_trajectories(plan)
 
 
-def for_all_states(plan: Plan, length: int, save: bool, edited: bool) -> Plan:
+def for_all_states(plan: Plan, batch: int, length: int, n_processors: int, save: bool, edited: bool) -> Plan:
     """The plan for writing every state in the forward pass; save: those for the backward pass, too.
 
-    Two channels a thread share their rows of B and C. Tiles of one pass over time are long, because that is how far
-    ahead a program reads; but states are saved between tiles only. Chunks are so short that their inputs can be held
-    between the two passes, unless edits cut their tiles or more states need the shared memory.
+    One pass over time if most multiprocessors get a program and none gets two, or where the plan is one pass anyway;
+    tiles of 8 positions if states are saved, which happens between tiles, or if edits cut them. In chunks or with edits
+    two channels a thread share their rows of B and C. Chunks are so short that their inputs can be held between the two
+    passes, unless edits cut their tiles or more states need the shared memory.
     """
-    num_warps = min(8, max(1, plan.block_d * plan.block_n // 256))
-    plan = dataclasses.replace(for_trajectories(plan), num_warps=num_warps)
-    if plan.is_chunked:
+    plan = for_trajectories(plan)
+    elements, of_each = _shared_out(batch, length, plan.n_blocks, n_processors, pairs=not edited)
+    with_two = dataclasses.replace(plan, num_warps=min(8, max(1, plan.block_d * plan.block_n // 256)))
+    if plan.is_chunked and not 0.6 <= of_each <= 1:
         chunk_length = min(plan.chunk_length, HELD * plan.unroll)
-        n_chunks = ceil_div(length, chunk_length)
         held = 0 if edited or plan.block_n > 16 else HELD
-        return dataclasses.replace(plan, chunk_length=chunk_length, n_chunks=n_chunks, held=held)
-    return plan if save or length < 16 else dataclasses.replace(plan, unroll=16)
+        return dataclasses.replace(
+            with_two, chunk_length=chunk_length, n_chunks=ceil_div(length, chunk_length), held=held
+        )
+    if save or edited:
+        return _in_one_pass(with_two if edited else plan, length, plan.unroll, of_each <= 1, elements)
+    wide = [tiles for tiles in ONE_PASS if tiles.channels == 64]
+    tiles = next((tiles for tiles in wide if of_each >= tiles.programs), wide[-1])
+    return _in_one_pass(plan, length, tiles.positions, tiles.beyond, elements)
+
+
+def _in_one_pass(plan: Plan, length: int, positions: int, beyond: bool, elements: int) -> Plan:
+    """In tiles of so many positions, if the sequence has as many; beyond: if the sequence has a tile after the next."""
+    unroll = _tile(positions, length)
+    beyond = beyond and length > 2 * unroll
+    return dataclasses.replace(plan, unroll=unroll, chunk_length=length, n_chunks=1, elements=elements, beyond=beyond)
+
+
+def _shared_out(batch: int, length: int, n_blocks: int, n_processors: int, pairs: bool) -> tuple[int, float]:
+    """How many batch elements a program takes, and how many programs every multiprocessor gets on average.
+
+    Of very short sequences several; pairs: two where otherwise some multiprocessors would have two programs.
+    """
+    programs = batch * n_blocks
+    elements = max(1, min(batch, ceil_div(16, length), programs // (2 * n_processors)))
+    if pairs and batch % 2 == 0 and n_processors < programs <= 2 * n_processors:
+        elements = 2
+    return elements, ceil_div(batch, elements) * n_blocks / n_processors
+
+
+def _tile(positions: int, length: int) -> int:
+    """A tile of so many positions, or as many as fit into the sequence."""
+    return min(positions, 1 << (length.bit_length() - 1))
 
 
 def ceil_div(a: int, b: int) -> int:

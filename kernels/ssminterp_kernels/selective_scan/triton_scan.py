@@ -21,6 +21,7 @@ from ssminterp_kernels.selective_scan.triton_tensors import (
     ScanTensors,
     edit_table,
     grouped,
+    in_lines,
     new_states,
     numbers_of,
     placement,
@@ -64,7 +65,7 @@ def forward_plan(s: ScanTensors, save: bool = False) -> Plan:
     # Chunks of several waves: while some wait for the state before them, others have it; the more if many bytes wait.
     wanted = 96 if s.record_all else 24
     plan = plan_scan(*sizes, unroll=GRAIN, enough_warps=3, warps_wanted=wanted, widest_block=64)
-    return for_all_states(plan, length, save, s.edits is not None) if s.record_all else plan
+    return for_all_states(plan, batch, length, sizes[-1], save, s.edits is not None) if s.record_all else plan
 
 
 def scan_forward(
@@ -133,7 +134,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
         # Addresses that stay the same take registers, which edits have to spare and nothing else has.
         SEVERAL=plan.elements > 1 or (plan.max_registers == 168 and s.edits is None),
         AHEAD=ahead,
-        BEYOND=ahead and _beyond(s, plan),
+        BEYOND=_beyond(s, plan, ahead),
         # Where edits or records branch and few warps are at work, the next tile's loads would begin too late.
         EARLY=not s.record_all and s.edits is None and (recorded is None or plan.max_registers != 255),
         STATES=of_a_channel,
@@ -152,11 +153,11 @@ def _edits_ahead(s: ScanTensors, plan: Plan) -> bool:
     return s.record_all or plan.max_registers == 255 or (plan.max_registers == 168 and len(_whole_states(s)) < 2)
 
 
-def _beyond(s: ScanTensors, plan: Plan) -> bool:
-    """Whether the tile after the next is brought to the L2 cache: where few warps are at work, and a tile is lines of
-    memory."""
-    lines = all(t is None or t.stride(-1) == 1 for t in (s.x, s.delta, s.z, *_whole_states(s)))
-    return not s.record_all and plan.max_registers == 255 and lines
+def _beyond(s: ScanTensors, plan: Plan, ahead: bool) -> bool:
+    """Whether the tile after the next is brought to the L2 cache: with edits where few warps are at work, with all
+    states as planned; and where a tile is lines of memory."""
+    wanted = plan.beyond if s.record_all else ahead and plan.max_registers == 255
+    return wanted and in_lines(s.x, s.delta, s.z, *_whole_states(s))
 
 
 def _whole_states(s: ScanTensors) -> list[Tensor]:

@@ -93,6 +93,11 @@ def strides_of_pos(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(0 if tensor is None else tensor.stride(1) for tensor in tensors)
 
 
+def in_lines(*tensors: Tensor | None) -> bool:
+    """Whether what lies side by side on the last axis does so in memory."""
+    return all(tensor is None or tensor.stride(-1) == 1 for tensor in tensors)
+
+
 def strides_of_channels(*states: Tensor | None) -> tuple[int, ...]:
     return tuple(0 if state is None else state.stride(-2) for state in states)
 
