@@ -83,6 +83,7 @@ GPU_CASES = (
         for length, batch, d_inner in ((2500, 3, 33), (70, 1, 5120), (90, 8, 2048), (50, 16, 2048), (5, 700, 64))
         for edits in ((), (1, 4))
     ),
+    ScanCase(length=70, d_inner=24, d_state=64, states="all", edit_positions=((1, 40), (3, 4))),
     *(
         ScanCase(length=length, d_inner=192, d_state=16, edit_positions=edits, states=(5, 20, 21, 22, 40, 63, 64, 69))
         for length in (70, 1000)
@@ -194,16 +195,18 @@ def test_chunks_equal_one_pass(
 
 
 @pytest.mark.parametrize("n_processors", [1, 2, 4, 132])
-@pytest.mark.parametrize("edits", [(), (5, 33)], ids=["", "edited"])
+@pytest.mark.parametrize(("edits", "d_state"), [((), 4), ((5, 33), 4), (((5, 33), (7, 9)), 64)], ids=str)
 def test_all_states_are_the_same_as_planned_for_any_gpu(
-    n_processors: int, edits: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    n_processors: int, edits: tuple[int, ...], d_state: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ssminterp_kernels.selective_scan import triton_scan
 
     monkeypatch.setattr(triton_scan, "processor_count", lambda device: n_processors)
     triton_scan._forward.known.clear()  # type: ignore[attr-defined]
     with torch.no_grad():
-        inputs = random_scan_inputs(ScanCase(length=38, d_inner=5, edit_positions=edits), device=DEVICE)
+        inputs = random_scan_inputs(
+            ScanCase(length=38, d_inner=5, d_state=d_state, edit_positions=edits), device=DEVICE
+        )
         ours = selective_scan(**inputs, backend="triton")
         expected = reference(**in_float64(inputs))
     triton_scan._forward.known.clear()  # type: ignore[attr-defined]

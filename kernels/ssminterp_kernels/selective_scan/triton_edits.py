@@ -168,11 +168,18 @@ def _prefetch_value(
     tensor, at, wanted, CHANNEL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr
 ):
     """keep or add as `prefetch_values` does."""
-    batch, edit, n_edits, d0, d_end = at
-    SIDE: tl.constexpr = LINE_BYTES // 4 // BLOCK_N  # channels that are a line of memory side by side
-    d = channel_numbers(BLOCK_D // SIDE, TILE) * SIDE
+    batch, edit, n_edits, d0, d_end, d_state = at
+    LINE: tl.constexpr = LINE_BYTES // 4
+    SIDE: tl.constexpr = LINE // BLOCK_N if BLOCK_N < LINE else 1  # channels that are a line of memory side by side
+    LINES: tl.constexpr = BLOCK_N // LINE if BLOCK_N > LINE else 1  # of a channel
+    i = channel_numbers(BLOCK_D // SIDE * LINES, TILE)
+    d = i // LINES * SIDE
+    n = i % LINES * LINE
     start = _value_start(tensor, batch, edit, n_edits) + d0 * CHANNEL
-    prefetch(start + d * CHANNEL, wanted & (d0 + d < d_end))
+    wanted = wanted & (d0 + d < d_end)
+    if LINES > 1:
+        wanted = wanted & (n < d_state)
+    prefetch(start + (d * CHANNEL + n), wanted)
 
 
 @jit
@@ -190,7 +197,7 @@ def prefetch_values(
 ):
     """Begin to bring keep and add of an edit to the L2 cache, as far as they are states.
 
-    at: batch, edit, n_edits, d0, d_end; CHANNELS: strides of the channels.
+    at and CHANNELS: as of `load_values`.
     """
     if NUMBERS[0] == 0:
         _prefetch_value(keep, at, wanted, CHANNELS[0], BLOCK_D, BLOCK_N, TILE)

@@ -285,7 +285,7 @@ def scan_forward_kernel(
             window_beyond = tl.minimum(t_next + UNROLL, stop - UNROLL)
             prefetch_rows(x, delta, z, batch_next, place, window_beyond, POS, UNROLL, BLOCK_D, TILE)
             if AHEAD:
-                at = (batch_next, upcoming[0] + 1, edits[2], d0, d_end)
+                at = (batch_next, upcoming[0] + 1, edits[2], d0, d_end, d_state)
                 prefetch_values(keep, add, at, upcoming[1], NUMBERS, CHANNELS, BLOCK_D, BLOCK_N, TILE)
         records = ()
         if recorded is not None:
