@@ -59,7 +59,6 @@ def far_states(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Tensor]:
             return made[-1]
 
         monkeypatch.setattr(module, "new_states", allocate)
-    triton_scan._forward.known.clear()  # type: ignore[attr-defined]
     return made
 
 

@@ -14,7 +14,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from ssminterp_kernels.selective_scan.triton_math import load_channels, sigmoid
+from ssminterp_kernels.selective_scan.triton_math import load_channels, sigmoid, silu
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def conv_forward_kernel(
         total += _tap(weight, j, d, there)[None, :] * inputs
     if SILU:
         total = total.to(y[0].dtype.element_ty).to(tl.float32)
-        total *= sigmoid(total)
+        total = silu(total)
     rows = y[0] + batch * y[1] + t[:, None] * y[2] + d[None, :] * y[3]
     tl.store(rows, total, mask=(t < length)[:, None] & there[None, :])
 
@@ -185,7 +185,7 @@ def conv_step_kernel(
         total += _tap(weight, j, d, there) * kept[WIDTH - (D_CONV - 1) + j].to(tl.float32)
     if SILU:
         total = total.to(y[0].dtype.element_ty).to(tl.float32)
-        total *= sigmoid(total)
+        total = silu(total)
     tl.store(y[0] + batch * y[1] + d * y[2], total, mask=there)
     # Other threads may read what is about to be overwritten.
     tl.debug_barrier()

@@ -7,7 +7,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from ssminterp_kernels.selective_scan.triton_math import LOG2E, load_channels, sigmoid, step_size
+from ssminterp_kernels.selective_scan.triton_math import LOG2E, load_channels, silu, step_size
 
 
 @triton.jit
@@ -73,8 +73,7 @@ def scan_step_kernel(
     new = tl.exp2(step[:, None] * (weights * LOG2E)) * before + written
     out = tl.sum(new * _weights(C, batch, group, n, mask, n_there, ONE_GROUP), 1) + load_channels(D, d, there) * u
     if z is not None:
-        gate = _row(z, batch, d, there)
-        out *= gate * sigmoid(gate)
+        out *= silu(_row(z, batch, d, there))
     tl.store(y[0] + batch * y[1] + d * y[2], out, mask=there)
     # Other threads may read what is about to be overwritten.
     tl.debug_barrier()

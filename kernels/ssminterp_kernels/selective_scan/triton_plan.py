@@ -24,14 +24,16 @@ class Tiles(NamedTuple):
     registers: int  # of a thread at most, for adjoints
 
 
-# As measured on an H200. Where programs do not come out even, some have more of the bandwidth the further ahead they
-# read, and the others are the last.
-ONE_PASS = (
+# As measured on an H200; narrow ones are for adjoints alone. Where programs do not come out even, some have more of the
+# bandwidth the further ahead they read, and the others are the last.
+WIDE = (
     Tiles(2.0, 64, 16, True, 4, 128),
     Tiles(1.01, 64, 8, False, 4, 128),
     Tiles(0.72, 64, 8, True, 4, 128),
     Tiles(0.64, 64, 16, False, 2, 64),
     Tiles(0.5, 64, 16, True, 2, 64),
+)
+NARROW = (
     Tiles(0.4, 32, 64, False, 2, 128),
     Tiles(0.9, 8, 64, False, 2, 168),
 )
@@ -150,10 +152,10 @@ def for_all_adjoints(plan: Plan, batch: int, length: int, n_processors: int, edi
     if edited:
         return for_trajectories(plan)
     n_groups = plan.n_blocks // ceil_div(plan.group_size, plan.block_d)
-    for tiles in ONE_PASS:
+    for tiles in WIDE + NARROW:
         block_d = min(plan.block_d, max(8, tiles.channels * 16 // plan.block_n))
         n_blocks = n_groups * ceil_div(plan.group_size, block_d)
-        elements, of_each = _shared_out(batch, length, n_blocks, n_processors, pairs=tiles.channels == 64)
+        elements, of_each = _shared_out(batch, length, n_blocks, n_processors, pairs=tiles in WIDE)
         if of_each >= tiles.programs:
             num_warps = max(1, min(16, block_d * plan.block_n // (32 * tiles.per_thread)))
             plan = dataclasses.replace(
@@ -187,8 +189,7 @@ def for_all_states(plan: Plan, batch: int, length: int, n_processors: int, save:
         )
     if save or edited:
         return _in_one_pass(with_two if edited else plan, length, plan.unroll, of_each <= 1, elements)
-    wide = [tiles for tiles in ONE_PASS if tiles.channels == 64]
-    tiles = next((tiles for tiles in wide if of_each >= tiles.programs), wide[-1])
+    tiles = next((tiles for tiles in WIDE if of_each >= tiles.programs), WIDE[-1])
     return _in_one_pass(plan, length, tiles.positions, tiles.beyond, elements)
 
 
