@@ -16,7 +16,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,12 +171,14 @@ def mamba_ssm_ms(s: Any) -> dict[str, float]:
 
 
 def time_extras(shape: tuple[int, int, int], floor: dict[str, float]) -> dict[str, Any]:
-    """States at some positions and edits, where there are enough positions; states and adjoints everywhere, where their
-    bytes and those of inputs and outputs take over 0.1 ms at copy bandwidth."""
+    """States at some positions and edits; states and adjoints everywhere, where their bytes and those of inputs and
+    outputs take over 0.1 ms at copy bandwidth."""
     extras: dict[str, Any] = {"shape": shape}
     if shape[1] > N_EDITS:
         extras |= {f"{name}_ms": ms for name, ms in time_events(shape).items()}
         torch.cuda.empty_cache()
+    extras |= {f"{name}_ms": ms for name, ms in time_edits_everywhere(shape).items()}
+    torch.cuda.empty_cache()
     if 4 * math.prod(shape) * (4 + D_STATE) > 0.1 * floor["copy_bytes_per_ms"]:
         extras |= time_trajectories(shape)
         torch.cuda.empty_cache()
@@ -206,10 +208,28 @@ def time_events(shape: tuple[int, int, int]) -> dict[str, float]:
         ("one_value_per_example", evenly, batch, N_EDITS),
         ("at_random_positions", randomly, batch, N_EDITS),
     ):
-        add = torch.randn(*sizes, d_inner, D_STATE, device="cuda")
-        edits = StateEdits(positions, torch.zeros(1, 1, 1, 1, device="cuda"), add)
-        calls[f"edits_{name}"] = forwards(sets, edits=edits)
+        calls[f"edits_{name}"] = set_forwards(sets, positions, torch.randn(*sizes, d_inner, D_STATE, device="cuda"))
     return alternating_ms(calls)
+
+
+def time_edits_everywhere(shape: tuple[int, int, int]) -> dict[str, float]:
+    """ms without edits, and with every position set to zeros, to one state for all of them, or to one for each of them
+    and of the examples; float32."""
+    batch, length, d_inner = shape
+    sets = [random_arguments(shape, torch.float32) for _ in range(4)]
+    calls = {"unedited": forwards(sets)}
+    for name, values in (
+        ("zeros", torch.zeros(1, 1, 1, 1, device="cuda")),
+        ("one_value_per_channel", torch.randn(1, 1, d_inner, D_STATE, device="cuda")),
+        ("one_value_per_example", torch.randn(batch, length, d_inner, D_STATE, device="cuda")),
+    ):
+        calls[f"everywhere_{name}"] = set_forwards(sets, range(length), values)
+    return alternating_ms(calls)
+
+
+def set_forwards(sets: list[ScanArguments], positions: Sequence[int], values: Tensor) -> list[Callable[[], Any]]:
+    """Calls of the forward scan of each of the sets with the states at some positions set to these values."""
+    return forwards(sets, edits=StateEdits(tuple(positions), torch.zeros(1, 1, 1, 1, device="cuda"), values))
 
 
 def time_trajectories(shape: tuple[int, int, int]) -> dict[str, float]:

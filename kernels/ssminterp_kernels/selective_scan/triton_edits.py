@@ -164,6 +164,18 @@ def put_values(places, values):
 
 @jit
 @no_type_check
+def taken_values(places, values, TILE: tl.constexpr):
+    """keep and add as a program's tile has them, from where `put_values` put them."""
+    kept, added = values
+    if len(places[0]) > 0:
+        kept = take_tile(places[0][0], TILE)
+    if len(places[1]) > 0:
+        added = take_tile(places[1][0], TILE)
+    return kept, added
+
+
+@jit
+@no_type_check
 def _prefetch_value(
     tensor, at, wanted, CHANNEL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr
 ):
@@ -214,12 +226,7 @@ def edited_state(state, edit_here, place, NUMBERS: tl.constexpr, AHEAD: tl.const
     in shared memory and values: the edit's, or such as change nothing.
     """
     if AHEAD:
-        places, values = edit_here[5], edit_here[6]
-        kept, added = values
-        if len(places[0]) > 0:
-            kept = take_tile(places[0][0], TILE)
-        if len(places[1]) > 0:
-            added = take_tile(places[1][0], TILE)
+        kept, added = taken_values(edit_here[5], edit_here[6], TILE)
         state = state * kept + added
     elif edit_here[3]:
         batch, d0, _d_end, lane, there, _group, n, n_there = place

@@ -7,8 +7,9 @@ these; elsewhere the cache does.
 
 Positions are taken in tiles of UNROLL, which the compiler overlaps as long as no branch is between them. An edit
 therefore begins a tile: where less than a tile is left before the next of them, or before the end, positions are taken
-one by one, and the next tile begins after these. A tile in which one position is recorded is of another kind, which
-writes the state after any position if that is the one; if several are, its positions are taken one by one.
+one by one, and the next tile begins after these. Only of more edits than tiles, any of a tile's positions may be edited
+(`triton_edited_tile`). A tile in which one position is recorded is of another kind, which writes the state after any
+position if that is the one; if several are, its positions are taken one by one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import no_type_check
 import triton.language as tl
 
 from ssminterp_kernels.selective_scan.triton_chunks import announce, state_before_chunk
+from ssminterp_kernels.selective_scan.triton_edited_tile import queue_from, scan_edited_tile
 from ssminterp_kernels.selective_scan.triton_edits import (
     edits_after,
     edits_from,
@@ -103,6 +105,7 @@ def scan_forward_kernel(
     MASK_N: tl.constexpr,
     AHEAD: tl.constexpr,
     BEYOND: tl.constexpr,
+    INSIDE: tl.constexpr,
     EARLY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -214,13 +217,18 @@ def scan_forward_kernel(
     firsts = ()
     places = ()
     values = ()
-    if edits is not None:
+    CUT: tl.constexpr = edits is not None and not INSIDE  # tiles begin at edits
+    # Lanes that lie side by side along d_state read whole lines and need not hand on what they read.
+    LOADED: tl.constexpr = TILE if RECORD_ALL else SPREAD
+    if INSIDE:
+        places = value_places(NUMBERS, False, BLOCK_D, BLOCK_N, VALUES)
+        source = (edits, keep, add, only_number(keep, NUMBERS[0]), places, d_state)
+        queue = queue_from(source, place, first, NUMBERS, CHANNELS, MASK_D or MASK_N, BLOCK_D, BLOCK_N, LOADED)
+    if CUT:
         upcoming = edits_from(edits, batch, first)
         if SEVERAL:
             firsts = read_first_edits(edits, tl.minimum(batch + 1, last_batch))
         if AHEAD:
-            # Lanes that lie side by side along d_state read whole lines and need not hand on what they read.
-            LOADED: tl.constexpr = TILE if RECORD_ALL else SPREAD
             places = value_places(NUMBERS, RECORD_ALL, BLOCK_D, BLOCK_N, VALUES)
             only_kept = only_number(keep, NUMBERS[0])
             # Loaded before it is known whether they are wanted, which is waited for.
@@ -242,10 +250,10 @@ def scan_forward_kernel(
                 boundary = t // segments_chunk * ((segments_chunk + lead + SEGMENTS[1] - 1) // SEGMENTS[1])
                 boundary += t_led // SEGMENTS[1]
                 store_spread(boundaries, batch, boundary, d0, d_end, d_state, state, SPREAD)
-            if edits is not None:
+            if CUT:
                 end = tl.minimum(end, t + SEGMENTS[1] - t_led % SEGMENTS[1])
                 end = tl.minimum(end, t + segments_chunk + lead - t_led)
-        if edits is not None:
+        if CUT:
             end = tl.minimum(end, upcoming[2])
         ends_element = end == stop
         rows = ahead
@@ -264,7 +272,10 @@ def scan_forward_kernel(
         window_next = tl.minimum(t_next, stop - UNROLL)
         place = (batch, d0, d_end, lane, there, group, n, n_there)
         edit_here = (edits, keep, add)
-        if edits is not None:
+        if INSIDE:
+            batch_after = tl.minimum(batch + 1, last_batch)
+            firsts_after = read_first_edits(edits, batch_after)
+        if CUT:
             edit_here = (edits, keep, add, upcoming[1], upcoming[0], places, values)
             upcoming = edits_after(upcoming, edits, batch_next, t_next, ends_element, firsts, SEVERAL)
             if SEVERAL:
@@ -290,11 +301,18 @@ def scan_forward_kernel(
         records = ()
         if recorded is not None:
             records = (record, next_record, position(read_following, record + 1, recorded[1]), recorded)
-        state = scan_tile(
-            *(state, A2, (bias_row, bias_across), (D_row, D_across), rows, (B_shared, C_shared), shared, z),
-            *((y, states), place, across, edit_here, (window, t, end), records, POS, NUMBERS, AHEAD, SOFTPLUS),
-            *(EARLY, RECORD_ALL, PARTIAL, MASK_D, MASK_N, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER),
-        )
+        if INSIDE:
+            state, queue = scan_edited_tile(
+                *(state, queue, A2, bias_row, D_row, rows, (B_shared, C_shared), z, y, source, place),
+                *(batch_after, (window, t, end), ends_element, firsts_after, POS, NUMBERS, CHANNELS, SOFTPLUS, BEYOND),
+                *(PARTIAL, SEVERAL, MASK_D, MASK_N, BLOCK_D, BLOCK_N, UNROLL, TILE, LOADED),
+            )
+        else:
+            state = scan_tile(
+                *(state, A2, (bias_row, bias_across), (D_row, D_across), rows, (B_shared, C_shared), shared, z),
+                *((y, states), place, across, edit_here, (window, t, end), records, POS, NUMBERS, AHEAD, SOFTPLUS),
+                *(EARLY, RECORD_ALL, PARTIAL, MASK_D, MASK_N, UNROLL, TILE, BLOCK, STATES, LANES, TOGETHER),
+            )
         if recorded is not None:
             while next_record < end:
                 record += 1

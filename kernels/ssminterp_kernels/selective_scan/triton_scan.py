@@ -116,6 +116,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
     # Where few warps are at work, waiting for one another costs more; with records it was measured so, too.
     within_warps = not s.record_all and (plan.max_registers == 255 or recorded is not None)
     ahead = _edits_ahead(s, plan)
+    inside = ahead and not n_recorded and _more_edits_than_tiles(s, plan)
     launch(
         scan_forward_kernel,
         (plan.programs(-(-batch // plan.elements)),),
@@ -130,11 +131,12 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
         SOFTPLUS=s.softplus,
         RECORD_ALL=s.record_all,
         SEGMENTS=None if boundaries is None else segments,
-        PARTIAL=s.edits is not None or length % plan.unroll != 0,
+        PARTIAL=(s.edits is not None and not inside) or length % plan.unroll != 0,
         # Addresses that stay the same take registers, which edits have to spare and nothing else has.
         SEVERAL=plan.elements > 1 or (plan.max_registers == 168 and s.edits is None),
-        AHEAD=ahead,
+        AHEAD=ahead and not inside,
         BEYOND=_beyond(s, plan, ahead),
+        INSIDE=inside,
         # Where edits or records branch and few warps are at work, the next tile's loads would begin too late.
         EARLY=not s.record_all and s.edits is None and (recorded is None or plan.max_registers != 255),
         STATES=of_a_channel,
@@ -151,6 +153,11 @@ def _edits_ahead(s: ScanTensors, plan: Plan) -> bool:
     if s.edits is None or plan.states_of_a_thread > (8 if s.record_all else 16):
         return False
     return s.record_all or plan.max_registers == 255 or (plan.max_registers == 168 and len(_whole_states(s)) < 2)
+
+
+def _more_edits_than_tiles(s: ScanTensors, plan: Plan) -> bool:
+    """Whether so many positions are edited that tiles which begin with an edit would be of one or two positions."""
+    return s.edits is not None and s.edits.shape[1] > ceil_div(s.x.shape[1], plan.unroll)
 
 
 def _beyond(s: ScanTensors, plan: Plan, ahead: bool) -> bool:

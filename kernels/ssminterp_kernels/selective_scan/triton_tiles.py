@@ -38,10 +38,10 @@ def terms_of(rows, bias_row, D_row, z, SOFTPLUS: tl.constexpr, UNROLL: tl.conste
 
 @jit
 @no_type_check
-def _advanced(
+def advanced(
     state, A2, bias_row, rows, B, u: tl.constexpr, SOFTPLUS: tl.constexpr, EARLY: tl.constexpr, TILE: tl.constexpr
 ):
-    """The state after position u of a tile; rows, B: see `_tile`."""
+    """The state after position u of a tile; rows, or if EARLY their terms, and B: see `_tile`."""
     if EARLY:
         step = rows[0][u]
         dx = rows[1][u]
@@ -53,7 +53,7 @@ def _advanced(
 
 @jit
 @no_type_check
-def _read_out(state, D_row, rows, z, C, u: tl.constexpr, EARLY: tl.constexpr, TILE: tl.constexpr):
+def read_out(state, D_row, rows, z, C, u: tl.constexpr, EARLY: tl.constexpr, TILE: tl.constexpr):
     """y at position u of a tile, float32 [BLOCK_D]; rows, C: see `_tile`."""
     y = tl.sum(state * take_row(C, u, TILE), 1)
     if EARLY:
@@ -111,7 +111,7 @@ def _tile(
     if WHOLE:
         out = ()
         for u in tl.static_range(UNROLL):
-            state = _advanced(state, A2, bias_row, rows, weights[0], u, SOFTPLUS, EARLY, TILE)
+            state = advanced(state, A2, bias_row, rows, weights[0], u, SOFTPLUS, EARLY, TILE)
             if EDITED and u == 0:
                 state = edited_state(state, edit_here, place, NUMBERS, AHEAD, TILE)
             if len(records) > 0:
@@ -119,14 +119,14 @@ def _tile(
                 if MASK_D or MASK_N:
                     is_wanted = tile_there & is_wanted
                 tl.store(tile_at(states, batch, record, d, place[6]), state, mask=is_wanted)
-            out = out + (_read_out(state, D_row, rows, z, weights[1], u, EARLY, TILE),)
+            out = out + (read_out(state, D_row, rows, z, weights[1], u, EARLY, TILE),)
         # Stored together, because no load moves ahead of a store that it might depend on.
         for u in tl.static_range(UNROLL):
             store_masked(y_place + (lane * y[3] + u * POS[5]), out[u], there, MASK_D)
     else:
         for u in tl.static_range(UNROLL):
             if (window + u >= t) & (window + u < end):
-                state = _advanced(state, A2, bias_row, rows, weights[0], u, SOFTPLUS, EARLY, TILE)
+                state = advanced(state, A2, bias_row, rows, weights[0], u, SOFTPLUS, EARLY, TILE)
                 if EDITED:
                     if window + u == t:
                         state = edited_state(state, edit_here, place, NUMBERS, AHEAD, TILE)
@@ -135,7 +135,7 @@ def _tile(
                         store_masked(tile_at(states, batch, record, d, place[6]), state, tile_there, MASK_D or MASK_N)
                         record += 1
                         wanted = position_at(recorded, record)
-                y_row = _read_out(state, D_row, rows, z, weights[1], u, EARLY, TILE)
+                y_row = read_out(state, D_row, rows, z, weights[1], u, EARLY, TILE)
                 store_masked(y_place + (lane * y[3] + u * POS[5]), y_row, there, MASK_D)
     return state
 
