@@ -47,13 +47,13 @@ GPU_CASES = (
         ScanCase(
             length=length, d_inner=d_inner, d_state=16, dtype=dtype, edit_positions=tuple(range(length)), states=None
         )
-        for length, d_inner in ((70, 192), (1000, 70))
+        for length, d_inner in ((70, 192), (320, 70))
         for dtype in (torch.float32, BF16)
     ),
-    ScanCase(length=300, batch=8, d_inner=2048, d_state=16, edit_positions=tuple(range(0, 300, 3)), states=None),
-    ScanCase(batch=200, length=17, d_inner=1024, d_state=16, edit_positions=(2, 3, 9, 10, 16), states=None),
+    ScanCase(length=40, batch=8, d_inner=2048, d_state=16, edit_positions=tuple(range(0, 40, 3)), states=None),
+    ScanCase(batch=100, length=17, d_inner=512, d_state=16, edit_positions=(2, 3, 9, 10, 16), states=None),
     ScanCase(
-        length=600, d_inner=70, d_state=8, edit_positions=(tuple(range(300)), tuple(range(300, 600))), states=None
+        length=260, d_inner=70, d_state=8, edit_positions=(tuple(range(130)), tuple(range(130, 260))), states=None
     ),
     *(
         ScanCase(
