@@ -6,6 +6,9 @@ Readable before fast. Every other path is tested against this one in float64. It
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import einsum, repeat
@@ -22,13 +25,15 @@ def recurrence(
     edits: StateEdits | None = None,
 ) -> Float[Tensor, "batch pos d_inner d_state"]:
     """All states of `state_t = A_bar_t · state_{t-1} + B_bar_x_t`, each edited where `edits` says so."""
-    batch, length, d_inner, d_state = A_bar.shape
+    batch, _, d_inner, d_state = A_bar.shape
     state = A_bar.new_zeros(batch, d_inner, d_state) if initial_state is None else initial_state.to(A_bar.dtype)
+    edited = None if edits is None else _edit_of(edits)
     states = []
-    for t in range(length):
-        state = A_bar[:, t] * state + B_bar_x[:, t]
-        if edits is not None:
-            state = _edited(state, t, edits)
+    # Unbound at once: the gradient of one position's slice would be as large as the whole sequence.
+    for t, (decay, read) in enumerate(zip(A_bar.unbind(1), B_bar_x.unbind(1), strict=True)):
+        state = decay * state + read
+        if edited is not None:
+            state = edited(state, t)
         states.append(state)
     return torch.stack(states, dim=1)
 
@@ -72,14 +77,20 @@ def _one_row_per_channel(weights: Tensor, d_inner: int) -> Tensor:
     )
 
 
-def _edited(state: Tensor, t: int, edits: StateEdits) -> Tensor:
-    keep, add = (v.reshape((1,) * (4 - v.dim()) + v.shape) for v in (edits.keep, edits.add))
-    for i in range(edits.n_edits):
-        k, a = (v[:, min(i, v.shape[1] - 1)] for v in (keep, add))
-        if not isinstance(edits.positions, Tensor):
-            if edits.positions[i] == t:
-                state = k * state + a
-        else:
-            here = (edits.positions[:, i] == t).to(state.device)[:, None, None]
-            state = torch.where(here, k * state + a, state)
-    return state
+def _edit_of(edits: StateEdits) -> Callable[[Tensor, int], Tensor]:
+    """What the edits do to the state at a position."""
+    keep, add = (v.reshape((1,) * (4 - v.dim()) + v.shape).unbind(1) for v in (edits.keep, edits.add))
+    rows = edits.positions.tolist() if isinstance(edits.positions, Tensor) else [edits.positions]
+    elements: defaultdict[int, defaultdict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for element, row in enumerate(rows):
+        for i, position in enumerate(row):
+            elements[position][i].append(element)
+
+    def edited(state: Tensor, t: int) -> Tensor:
+        for i, those in elements[t].items():
+            after = keep[min(i, len(keep) - 1)] * state + add[min(i, len(add) - 1)]
+            here = torch.tensor([element in those for element in range(len(rows))], device=state.device)
+            state = torch.where(here[:, None, None], after, state)
+        return state
+
+    return edited
