@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,8 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton")
+
+from own_process import run_in_own_process  # noqa: E402
 
 from ssminterp_kernels.causal_conv.triton_conv_ops import conv_op, conv_step_in_place_op, conv_step_op  # noqa: E402
 from ssminterp_kernels.scan_step.triton_step_ops import step_in_place_op, step_op  # noqa: E402
@@ -76,8 +76,4 @@ for a, b in zip(torch.autograd.grad(y.square().sum(), [x, weight, window]), expe
 
 
 def test_compiled_without_a_graph_break() -> None:
-    # In a process of its own, because Dynamo cannot look into the checks that the tests wrap around every function.
-    environment = os.environ | {"PYTHONPATH": "kernels"}
-    code = COMPILED.replace("DEVICE", DEVICE)
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_in_own_process(COMPILED.replace("DEVICE", DEVICE))

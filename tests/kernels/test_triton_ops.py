@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ if not HAS_GPU:
 
 pytest.importorskip("triton")
 
+from own_process import run_in_own_process  # noqa: E402
 from scan_cases import ScanCase, random_scan_inputs  # noqa: E402
 
 from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments  # noqa: E402
@@ -58,8 +57,4 @@ assert all(relative_error(ours[name], expected[name]) <= 1e-5 for name in expect
 
 
 def test_compiled_without_a_graph_break() -> None:
-    # In a process of its own, because Dynamo cannot look into the checks that the tests wrap around every function.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(("kernels", "tests/kernels"))}
-    code = COMPILED.replace("DEVICE", DEVICE)
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_in_own_process(COMPILED.replace("DEVICE", DEVICE))
