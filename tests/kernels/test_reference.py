@@ -1,5 +1,6 @@
 import pytest
 import torch
+from own_process import run_in_own_process
 from scan_cases import ScanCase, random_scan_inputs, relative_error
 from torch import Tensor
 
@@ -86,3 +87,22 @@ def test_recurrence_without_input_is_a_product_of_decays() -> None:
     start = torch.randn(1, 2, 3, dtype=torch.float64)
     states = recurrence(decays, torch.zeros_like(decays), start)
     assert relative_error(states, decays.cumprod(1) * start[:, None]) <= 1e-14
+
+
+ONE_GRAPH = """
+import torch
+from ssminterp_kernels.selective_scan import StateEdits
+from ssminterp_kernels.selective_scan.reference import recurrence
+
+def run(A_bar, B_bar_x, positions, keep, add):
+    return recurrence(A_bar, B_bar_x, None, StateEdits(positions, keep, add))
+
+for positions in ((1, 3), torch.tensor([[1, 3], [0, 4]])):
+    inputs = torch.rand(2, 5, 3, 4), torch.randn(2, 5, 3, 4), positions, torch.rand(2, 1, 1), torch.randn(1, 2, 3, 4)
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="eager")(*inputs), run(*inputs))
+"""
+
+
+def test_recurrence_and_its_edits_are_one_graph() -> None:
+    """Models whose A_bar is hooked run on it, compiled ones too; positions are shared or of each element."""
+    run_in_own_process(ONE_GRAPH)

@@ -6,9 +6,6 @@ Readable before fast. Every other path is tested against this one in float64. It
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from einops import einsum, repeat
@@ -27,13 +24,11 @@ def recurrence(
     """All states of `state_t = A_bar_t · state_{t-1} + B_bar_x_t`, each edited where `edits` says so."""
     batch, _, d_inner, d_state = A_bar.shape
     state = A_bar.new_zeros(batch, d_inner, d_state) if initial_state is None else initial_state.to(A_bar.dtype)
-    edited = None if edits is None else _edit_of(edits)
+    unbound = [] if edits is None else _unbound(edits, A_bar.device)
     states = []
     # Unbound at once: the gradient of one position's slice would be as large as the whole sequence.
     for t, (decay, read) in enumerate(zip(A_bar.unbind(1), B_bar_x.unbind(1), strict=True)):
-        state = decay * state + read
-        if edited is not None:
-            state = edited(state, t)
+        state = _edited(decay * state + read, t, unbound)
         states.append(state)
     return torch.stack(states, dim=1)
 
@@ -77,20 +72,21 @@ def _one_row_per_channel(weights: Tensor, d_inner: int) -> Tensor:
     )
 
 
-def _edit_of(edits: StateEdits) -> Callable[[Tensor, int], Tensor]:
-    """What the edits do to the state at a position."""
-    keep, add = (v.reshape((1,) * (4 - v.dim()) + v.shape).unbind(1) for v in (edits.keep, edits.add))
-    rows = edits.positions.tolist() if isinstance(edits.positions, Tensor) else [edits.positions]
-    elements: defaultdict[int, defaultdict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for element, row in enumerate(rows):
-        for i, position in enumerate(row):
-            elements[position][i].append(element)
+def _unbound(edits: StateEdits, device: torch.device) -> list[tuple[int | Tensor, Tensor, Tensor]]:
+    """Of each edit: its position, or those in each batch element; keep and add."""
+    keep, add = (
+        v.reshape((1,) * (4 - v.dim()) + v.shape).expand(-1, edits.n_edits, -1, -1).unbind(1)
+        for v in (edits.keep, edits.add)
+    )
+    positions = edits.positions.to(device).unbind(1) if isinstance(edits.positions, Tensor) else edits.positions
+    return list(zip(positions, keep, add, strict=True))
 
-    def edited(state: Tensor, t: int) -> Tensor:
-        for i, those in elements[t].items():
-            after = keep[min(i, len(keep) - 1)] * state + add[min(i, len(add) - 1)]
-            here = torch.tensor([element in those for element in range(len(rows))], device=state.device)
-            state = torch.where(here[:, None, None], after, state)
-        return state
 
-    return edited
+def _edited(state: Tensor, t: int, edits: list[tuple[int | Tensor, Tensor, Tensor]]) -> Tensor:
+    for position, keep, add in edits:
+        here = position == t
+        if isinstance(here, Tensor):
+            state = torch.where(here[:, None, None], keep * state + add, state)
+        elif here:
+            state = keep * state + add
+    return state
