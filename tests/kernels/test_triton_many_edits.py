@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -20,16 +18,12 @@ from scan_cases import (  # noqa: E402
     OPTIONAL,
     ScanCase,
     check_against_reference,
-    in_float64,
-    outputs_and_gradients,
+    check_inputs_against_reference,
     random_scan_inputs,
-    reference,
-    relative_error,
-    with_backend,
 )
+from triton_cases import check_chunks, forget_launches, tensors_of  # noqa: E402
 
-from ssminterp_kernels.selective_scan import StateEdits, selective_scan, triton_scan, triton_tensors  # noqa: E402
-from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments  # noqa: E402
+from ssminterp_kernels.selective_scan import StateEdits, selective_scan, triton_scan  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 BF16, F16 = torch.bfloat16, torch.float16
@@ -71,10 +65,6 @@ GPU_CASES = (
 )
 
 
-def _tensors(inputs: dict[str, Any]) -> triton_tensors.ScanTensors:
-    return triton_tensors.scan_tensors(check_arguments(ScanArguments(**inputs)))
-
-
 @pytest.fixture
 def edited_inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Of every launch of the forward kernel, whether it was told to edit anywhere in a tile."""
@@ -87,9 +77,9 @@ def edited_inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
         launch(kernel, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(triton_scan, "launch", listening)
-    triton_scan._forward.known.clear()  # type: ignore[attr-defined]
+    forget_launches()
     yield told
-    triton_scan._forward.known.clear()  # type: ignore[attr-defined]
+    forget_launches()
 
 
 @pytest.mark.parametrize("case", SMALL_CASES, ids=str)
@@ -118,13 +108,10 @@ def test_numbers_and_whole_states_of_programs_of_several_elements(
     inputs = random_scan_inputs(ScanCase(batch=batch, length=9, d_inner=2, d_state=16, states=None), device=DEVICE)
     keep = torch.rand(1, *shapes[kept], device=DEVICE, requires_grad=True)
     add = torch.randn(batch, *shapes[added], device=DEVICE, requires_grad=True)
-    assert triton_scan.forward_plan(_tensors(inputs)).elements > 1
+    assert triton_scan.forward_plan(tensors_of(inputs)).elements > 1
     positions = torch.tensor([[1, 6, 8], [0, 1, 2], [3, 7, 8], [6, 7, 8]]).repeat(batch // 4, 1)
     inputs["edits"] = StateEdits(positions, keep, add)
-    ours = outputs_and_gradients(with_backend("triton"), inputs)
-    expected = outputs_and_gradients(reference, in_float64(inputs))
-    errors = {name: relative_error(ours[name], expected[name]) for name in expected}
-    assert max(errors.values()) <= 1e-5, errors
+    check_inputs_against_reference(inputs, "triton")
     both_are_states = kept == added == "states"
     assert edited_inside == [not both_are_states], "two states an edit leave no registers to load them ahead"
 
@@ -132,21 +119,9 @@ def test_numbers_and_whole_states_of_programs_of_several_elements(
 @pytest.mark.parametrize("step", [1, 3])
 def test_chunks_equal_one_pass(step: int, edited_inside: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     edits = tuple(range(2, 61, step))
-    case = ScanCase(length=61, batch=1, d_inner=2, d_state=3, edit_positions=edits, states=None)
-    s = _tensors(random_scan_inputs(case, device=DEVICE))
-    chosen = triton_scan.forward_plan
-    outputs = []
-    for length in (64, 16):
-        changes = {"chunk_length": length, "n_chunks": -(-case.length // length)}
-        monkeypatch.setattr(
-            triton_scan, "forward_plan", lambda s, save, c=changes: dataclasses.replace(chosen(s, save), **c)
-        )
-        triton_scan._forward.known.clear()  # type: ignore[attr-defined]
-        outputs.append(triton_scan.scan_forward(s, save=True, every=8))
+    case = ScanCase(length=61, batch=1, d_inner=2, d_state=3, edit_positions=edits, states=())
+    check_chunks(case, 16, DEVICE, monkeypatch, every=8)
     assert edited_inside == [True, True]
-    for one_pass, chunks in zip(*outputs, strict=True):
-        assert (one_pass is None) == (chunks is None)
-        assert one_pass is None or relative_error(chunks, one_pass) < 1e-5
 
 
 def test_states_set_at_every_position_alone_determine_the_output(edited_inside: list[bool]) -> None:

@@ -21,13 +21,13 @@ from scan_cases import (  # noqa: E402
     OPTIONAL,
     ScanCase,
     check_against_reference,
+    check_inputs_against_reference,
     in_float64,
-    outputs_and_gradients,
     random_scan_inputs,
     reference,
     relative_error,
-    with_backend,
 )
+from triton_cases import check_chunks, forget_launches, tensors_of  # noqa: E402
 
 from ssminterp_kernels.selective_scan import ScanOutput, StateEdits, selective_scan  # noqa: E402
 
@@ -135,10 +135,7 @@ def test_edits_by_numbers_and_by_whole_states(
     keep = torch.rand(1, *sizes, device=DEVICE, requires_grad=True)
     add = torch.randn(batch, 2, 2, 16, device=DEVICE, requires_grad=True)
     inputs["edits"] = StateEdits(positions, keep, add)
-    ours = outputs_and_gradients(with_backend("triton"), inputs)
-    expected = outputs_and_gradients(reference, in_float64(inputs))
-    errors = {name: relative_error(ours[name], expected[name]) for name in expected}
-    assert max(errors.values()) <= 1e-5, errors
+    check_inputs_against_reference(inputs, "triton")
 
 
 @pytest.mark.parametrize(
@@ -173,25 +170,8 @@ def test_chunks_equal_one_pass(
     edits: tuple[int, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ssminterp_kernels.selective_scan import triton_scan, triton_tensors
-    from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
-
     case = ScanCase(length=101, batch=1, d_inner=2, d_state=3, edit_positions=edits, states=states)  # type: ignore[arg-type]
-    inputs = random_scan_inputs(case, device=DEVICE)
-    chosen = triton_scan.forward_plan
-    s = triton_tensors.scan_tensors(check_arguments(ScanArguments(**inputs)))
-    outputs = []
-    for length in (104, chunk_length):
-        held = 10 if length == chunk_length and states == "all" and not edits else 0
-        changes = {"chunk_length": length, "n_chunks": -(-case.length // length), "held": held}
-        monkeypatch.setattr(
-            triton_scan, "forward_plan", lambda s, save, c=changes: dataclasses.replace(chosen(s, save), **c)
-        )
-        triton_scan._forward.known.clear()  # type: ignore[attr-defined]
-        outputs.append(triton_scan.scan_forward(s, save=True))
-    triton_scan._forward.known.clear()  # type: ignore[attr-defined]
-    for one_pass, chunks in zip(*outputs, strict=True):
-        assert relative_error(chunks, one_pass) < 1e-5
+    check_chunks(case, chunk_length, DEVICE, monkeypatch, held=10 if states == "all" and not edits else 0)
 
 
 @pytest.mark.parametrize("n_processors", [1, 2, 4, 132])
@@ -202,21 +182,20 @@ def test_all_states_are_the_same_as_planned_for_any_gpu(
     from ssminterp_kernels.selective_scan import triton_scan
 
     monkeypatch.setattr(triton_scan, "processor_count", lambda device: n_processors)
-    triton_scan._forward.known.clear()  # type: ignore[attr-defined]
+    forget_launches()
     with torch.no_grad():
         inputs = random_scan_inputs(
             ScanCase(length=38, d_inner=5, d_state=d_state, edit_positions=edits), device=DEVICE
         )
         ours = selective_scan(**inputs, backend="triton")
         expected = reference(**in_float64(inputs))
-    triton_scan._forward.known.clear()  # type: ignore[attr-defined]
+    forget_launches()
     for name, value in expected.items():
         assert relative_error(getattr(ours, name), value) < 1e-5, name
 
 
 def test_backward_of_a_part_of_the_batch_needs_to_be_foreseen() -> None:
-    from ssminterp_kernels.selective_scan import triton_gradients, triton_scan, triton_tensors
-    from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
+    from ssminterp_kernels.selective_scan import triton_gradients, triton_scan
 
     case = ScanCase(length=60, batch=2 if not HAS_GPU else 200, d_inner=2, d_state=2, states=None)
     inputs = random_scan_inputs(case, device=DEVICE)
@@ -224,7 +203,7 @@ def test_backward_of_a_part_of_the_batch_needs_to_be_foreseen() -> None:
     of_part = inputs | {
         name: value[:part] for name, value in inputs.items() if name in ("x", "delta", "z", "B", "C", "initial_state")
     }
-    whole, half = (triton_tensors.scan_tensors(check_arguments(ScanArguments(**given))) for given in (inputs, of_part))
+    whole, half = (tensors_of(given) for given in (inputs, of_part))
     y, _, _, of_all = triton_scan.scan_forward(whole, save=True)
     _, _, _, of_half = triton_scan.scan_forward(whole, save=True, batch=part)
     expected = triton_gradients.scan_backward(half, triton_scan.scan_forward(half, save=True)[3], y[:part], None, None)
@@ -241,15 +220,14 @@ def test_backward_of_a_part_of_the_batch_needs_to_be_foreseen() -> None:
 @pytest.mark.parametrize("states", ["all", (0, 2)])
 def test_programs_of_several_batch_elements(states: tuple[int, ...] | str) -> None:
     """Each element begins with its own state and its own first edit."""
-    from ssminterp_kernels.selective_scan import triton_scan, triton_tensors
-    from ssminterp_kernels.selective_scan.arguments import ScanArguments, check_arguments
+    from ssminterp_kernels.selective_scan import triton_scan
 
     batch = 5000 if HAS_GPU else 17
     edits = tuple((i % 2, 2) for i in range(batch))
     case = ScanCase(batch=batch, length=3, d_inner=1, d_state=2, edit_positions=edits, states=states)  # type: ignore[arg-type]
     inputs = random_scan_inputs(case, device=DEVICE)
     with torch.no_grad():
-        s = triton_tensors.scan_tensors(check_arguments(ScanArguments(**inputs)))
+        s = tensors_of(inputs)
         assert triton_scan.forward_plan(s).elements > 1
         ours = selective_scan(**inputs, backend="triton")
         expected = reference(**in_float64(inputs))
